@@ -1,0 +1,85 @@
+"""SAE architectures, discovered: every module of this folder, entry points, and `saes_path`.
+
+`python -m saetrain.saes` lists them. To add one, see the README, "Your own SAE".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from actcache.store.errors import SettingsError
+from actcache.store.records import build as build_record
+from actcache.store.records import did_you_mean
+from saetrain.errors import ConfigError
+from saetrain.saes.base import SAE, HookSpace, SAEConfig, registry
+
+ENTRY_POINTS = "saetrain.saes"
+
+
+def load_all(saes_path: Iterable[str | Path] = ()) -> Mapping[str, type[SAE]]:
+    """Import all architectures: built in, from installed packages, and from `saes_path`.
+
+    Each item of `saes_path` is a .py file or a folder of them. Raises ConfigError if one is missing.
+    """
+    for module in pkgutil.iter_modules(__path__):
+        if module.name not in ("base", "__main__"):
+            importlib.import_module(f"{__name__}.{module.name}")
+    for point in entry_points(group=ENTRY_POINTS):
+        point.load()
+    for item in saes_path:
+        path = Path(item).expanduser()
+        if not path.exists():
+            raise ConfigError(f"saes_path: {path} does not exist")
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            _import_file(file)
+    return registry()
+
+
+def make_config(values: Mapping[str, Any], saes_path: Iterable[str | Path] = ()) -> SAEConfig:
+    """The architecture's config from `{"name": "topk", ...}`; unknown keys raise ConfigError."""
+    cls = _find(str(values.get("name")), saes_path)
+    rest = {k: v for k, v in values.items() if k != "name"}
+    try:
+        return build_record(cls.Config, rest, "sae")
+    except SettingsError as e:
+        raise ConfigError(f"{e} (sae.name={cls.name})") from None
+
+
+def make_sae(
+    values: Mapping[str, Any],
+    spaces: Mapping[str, HookSpace],
+    saes_path: Iterable[str | Path] = (),
+) -> SAE:
+    """Build an SAE by name for the given hooks. Weights come from torch's global generator."""
+    cfg = make_config(values, saes_path)
+    return _find(str(values["name"]), saes_path)(cfg, spaces)
+
+
+def _find(name: str, saes_path: Iterable[str | Path]) -> type[SAE]:
+    known = load_all(saes_path)
+    if name not in known:
+        raise ConfigError(
+            f"sae.name={name!r} is not a known architecture.{did_you_mean(name, known)} "
+            f"Known: {', '.join(sorted(known))}. Your own: put its file in saes_path=[...]"
+        )
+    return known[name]
+
+
+def _import_file(path: Path) -> None:
+    name = f"saetrain_user_saes.{path.stem}"
+    known = sys.modules.get(name)
+    if known is not None and Path(str(known.__file__)).resolve() == path.resolve():
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"saes_path: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)

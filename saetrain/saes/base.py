@@ -1,0 +1,227 @@
+"""The contract of every SAE architecture, and the few things all of them share.
+
+A batch (dict hook -> activations) goes in, a dict of named loss terms comes out; `encode` and
+`decode` are the public maths, both in the raw units of the host; `to_inference()` is what gets
+saved, exported and injected. An architecture is one file in this folder: a frozen config class and
+an `SAE` subclass under `@register("name")`. Nothing else is edited to add one.
+
+Units. Training happens on standardised inputs x' = s (x - c), with the centre c and the scale s
+taken from the store's statistics, so learning rates and coefficients carry over between layers and
+models. s and c are buffers here and are folded into the weights by `to_inference`:
+W_enc <- s W_enc, W_dec <- W_dec / s, b_dec <- b_dec / s + c, latents unchanged.
+
+Shapes: B tokens in a batch, D input width (d_in), E output width (d_out), F latents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from saetrain.codes import Codes, dense, firing_counts
+from saetrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from saetrain.artefact import InferenceSAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookSpace:
+    """What the store knows of one hook, from the statistics in its commits."""
+
+    name: str
+    d: int  # width
+    mean: Tensor  # (d,) float32
+    mean_norm: float  # E||x||
+    variance: float  # E||x - mean||^2, summed over the d channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where training stands; schedules inside an SAE depend on this and nothing else."""
+
+    step: int
+    n_steps: int
+    tokens: int  # trained on so far, this batch included
+
+    @property
+    def fraction(self) -> float:
+        return min(1.0, self.step / max(1, self.n_steps))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Named loss terms, already weighted: the training loss is their sum. Codes for bookkeeping."""
+
+    terms: dict[str, Tensor]
+    codes: Codes
+    extras: dict[str, Tensor] = field(default_factory=dict)  # logged, not optimised
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.terms.values())).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """What every architecture takes; each adds its own fields."""
+
+    n_latents: int | None = None  # F; give this or expansion_factor
+    expansion_factor: int | None = None  # F = expansion_factor * d_in
+    hook_out: str | None = None  # reconstructed hook; None: the input hook
+    center: Literal["none", "mean"] = "none"  # c = 0, or the store's mean
+    scale: Literal["none", "sqrt_d", "unit"] = "sqrt_d"  # E||x'|| = sqrt(d), or 1
+    reconstruction: Literal["fvu", "mse", "sse"] = "fvu"  # see saetrain.losses.reconstruction
+    dead_after_tokens: int = 10_000_000  # a latent silent for so long counts as dead
+
+    def __post_init__(self) -> None:
+        if (self.n_latents is None) == (self.expansion_factor is None):
+            raise ConfigError(
+                "sae: give exactly one of n_latents and expansion_factor, "
+                f"got n_latents={self.n_latents}, expansion_factor={self.expansion_factor}"
+            )
+        for name in ("n_latents", "expansion_factor", "dead_after_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"sae.{name}: expected at least 1, got {value}")
+
+    def latents(self, d_in: int) -> int:
+        """F for an input of width d_in."""
+        if self.n_latents is not None:
+            return self.n_latents
+        assert self.expansion_factor is not None  # __post_init__
+        return self.expansion_factor * d_in
+
+
+class SAE(nn.Module, ABC):
+    """Base of all architectures. Subclasses set weights in `__init__` and implement the maths."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[SAEConfig]]
+
+    in_center: Tensor  # (D,) c
+    in_scale: Tensor  # () s
+    tokens_since_fired: Tensor  # (F,) int64
+
+    def __init__(self, cfg: SAEConfig, spaces: Mapping[str, HookSpace]) -> None:
+        """`spaces` is keyed by hook name in input order; the first one is the input hook."""
+        super().__init__()
+        self.cfg = cfg
+        hook_in = next(iter(spaces))
+        self.hooks_in: tuple[str, ...] = (hook_in,)
+        self.hooks_out: tuple[str, ...] = (cfg.hook_out or hook_in,)
+        space = spaces[hook_in]
+        self.d_in = space.d
+        self.n_latents = cfg.latents(space.d)
+        scale = {
+            "none": 1.0,
+            "sqrt_d": space.d**0.5 / space.mean_norm,
+            "unit": 1.0 / space.mean_norm,
+        }[cfg.scale]
+        center = space.mean if cfg.center == "mean" else torch.zeros_like(space.mean)
+        self.register_buffer("in_center", center.to(torch.float32).clone())
+        self.register_buffer("in_scale", torch.tensor(scale, dtype=torch.float32))
+        # Total variance of x', the denominator of FVU: from the store, so no batch-size bias.
+        self.register_buffer(
+            "in_variance", torch.tensor(space.variance * scale**2, dtype=torch.float32)
+        )
+        self.register_buffer("tokens_since_fired", torch.zeros(self.n_latents, dtype=torch.int64))
+
+    # -- the public maths, raw units -------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Codes:
+        """Latents of raw activations x (..., D)."""
+
+    @abstractmethod
+    def decode(self, codes: Codes) -> Tensor:
+        """Reconstruction (..., E) in raw units."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """{"sae_out": (..., E), "feature_acts": (..., F) dense}."""
+        codes = self.encode(x)
+        return {"sae_out": self.decode(codes), "feature_acts": dense(codes)}
+
+    # -- training ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def losses(self, acts: Mapping[str, Tensor], progress: Progress) -> Losses:
+        """Loss terms of one batch; `acts[hook]` is (B, d_hook) raw activations."""
+
+    def init_from_data(self, acts: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Called once with the first batch, before the first step. Default: nothing."""
+
+    def before_step(self) -> None:  # noqa: B027
+        """Called between backward and the optimizer step, e.g. to project gradients."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """Called after the optimizer step, e.g. to renormalise the decoder."""
+
+    @torch.no_grad()
+    def note_firing(self, codes: Codes) -> None:
+        """Advance the dead-latent clock: tokens since each latent last fired in a batch."""
+        n_tokens = codes.values.shape[0] if hasattr(codes, "values") else codes.shape[0]
+        fired = firing_counts(codes) > 0
+        self.tokens_since_fired += n_tokens
+        self.tokens_since_fired[fired] = 0
+
+    @property
+    def dead(self) -> Tensor:
+        """(F,) bool: silent for more than `dead_after_tokens` training tokens."""
+        return self.tokens_since_fired > self.cfg.dead_after_tokens
+
+    @abstractmethod
+    def to_inference(self) -> InferenceSAE:
+        """Folded weights in raw units; encode and decode agree with this module's."""
+
+    # -- shared helpers ---------------------------------------------------------------------------
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """x' = s (x - c), in float32."""
+        return (x.to(self.in_scale.dtype) - self.in_center) * self.in_scale
+
+    def unstandardise(self, x: Tensor) -> Tensor:
+        """x = x' / s + c."""
+        return x / self.in_scale + self.in_center
+
+
+_REGISTRY: dict[str, type[SAE]] = {}
+S = TypeVar("S", bound=type[SAE])
+
+
+def register(name: str, config: type[SAEConfig]) -> Callable[[S], S]:
+    """Class decorator: make an architecture known as `sae.name=NAME`.
+
+    Raises ConfigError if the name is taken by another class or is not lower_snake_case.
+    """
+
+    def add(cls: S) -> S:
+        if not name.isidentifier() or name != name.lower():
+            raise ConfigError(f"SAE name {name!r}: expected lower_snake_case")
+        old = _REGISTRY.get(name)
+        if old is not None and (old.__module__, old.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ConfigError(f"SAE name {name!r} is taken by {old.__module__}.{old.__qualname__}")
+        cls.name, cls.Config = name, config
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def registry() -> Mapping[str, type[SAE]]:
+    """Name -> class of everything registered so far (see `saetrain.saes.load_all`)."""
+    return _REGISTRY
+
+
+def describe(cls: type[SAE]) -> dict[str, Any]:
+    """Name, file and one-line description, for listings."""
+    doc = (cls.__doc__ or "").strip().splitlines()
+    return {"name": cls.name, "module": cls.__module__, "summary": doc[0] if doc else ""}
