@@ -26,7 +26,7 @@ ENTRY_POINTS = "saetrain.saes"
 def load_all(saes_path: Iterable[str | Path] = ()) -> Mapping[str, type[SAE]]:
     """Import all architectures: built in, from installed packages, and from `saes_path`.
 
-    Each item of `saes_path` is a .py file or a folder of them. Raises ConfigError if one is missing.
+    Each item of `saes_path` is a .py file or a folder of them; a missing one is a ConfigError.
     """
     for module in pkgutil.iter_modules(__path__):
         if module.name not in ("base", "__main__"):

@@ -153,13 +153,13 @@ class SAE(nn.Module, ABC):
     def losses(self, acts: Mapping[str, Tensor], progress: Progress) -> Losses:
         """Loss terms of one batch; `acts[hook]` is (B, d_hook) raw activations."""
 
-    def init_from_data(self, acts: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def init_from_data(self, acts: Mapping[str, Tensor]) -> None:
         """Called once with the first batch, before the first step. Default: nothing."""
 
-    def before_step(self) -> None:  # noqa: B027
+    def before_step(self) -> None:
         """Called between backward and the optimizer step, e.g. to project gradients."""
 
-    def after_step(self) -> None:  # noqa: B027
+    def after_step(self) -> None:
         """Called after the optimizer step, e.g. to renormalise the decoder."""
 
     @torch.no_grad()
