@@ -1,0 +1,50 @@
+"""The activation store: format, reader, writer. numpy and zarr, nothing of Hugging Face.
+
+FORMAT.md beside this file is the specification. Importing this package also registers bfloat16
+with zarr-python, so `zarr.open` reads every array.
+"""
+
+from actcache.store.encode import encode_acts as _encode_acts  # registers bfloat16  # noqa: F401
+from actcache.store.errors import (
+    ActcacheError,
+    DamagedError,
+    HookMissingError,
+    IdentityError,
+    OutOfSpaceError,
+    SettingsError,
+    StoreBusyError,
+    StoreError,
+    StoreMissingError,
+    StoreVersionError,
+)
+from actcache.store.layout import FLAG_BOS, FLAG_DOC_START, FLAG_SPECIAL, TokenTable
+from actcache.store.reader import Segment, Snapshot, Store, open_store
+from actcache.store.schema import HookInfo, Identity, Layout
+from actcache.store.stats import HookStats
+from actcache.store.verify import verify
+
+__all__ = [
+    "FLAG_BOS",
+    "FLAG_DOC_START",
+    "FLAG_SPECIAL",
+    "ActcacheError",
+    "DamagedError",
+    "HookInfo",
+    "HookMissingError",
+    "HookStats",
+    "Identity",
+    "IdentityError",
+    "Layout",
+    "OutOfSpaceError",
+    "Segment",
+    "SettingsError",
+    "Snapshot",
+    "Store",
+    "StoreBusyError",
+    "StoreError",
+    "StoreMissingError",
+    "StoreVersionError",
+    "TokenTable",
+    "open_store",
+    "verify",
+]

@@ -1,0 +1,58 @@
+"""Publish without overwriting: a name either has its final, durable bytes or does not exist.
+
+temporary file -> fsync -> link to the final name (fails if it exists) -> fsync of the folder.
+`rename`, which zarr's own LocalStore uses, would let a slow second writer replace committed bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from pathlib import Path
+
+from actcache.store.errors import OutOfSpaceError, StoreError
+
+PARTIAL = ".partial"
+
+
+def publish(path: Path, data: bytes | memoryview) -> None:
+    """Create `path` holding `data`.
+
+    Raises FileExistsError if the name is taken (its bytes are untouched), OutOfSpaceError if the
+    disk is full, StoreError if the folder cannot be written.
+    """
+    temporary = path.parent / f".{path.name[:80]}.{uuid.uuid4().hex}{PARTIAL}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except FileExistsError:
+        raise
+    except OSError as e:
+        raise _explain(e, path, len(data)) from e
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _explain(e: OSError, path: Path, size: int) -> StoreError:
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfSpaceError(
+            f"no space left while writing {path} ({size:,} bytes). Everything committed before is "
+            "intact; free some space and run the same command again to continue"
+        )
+    return StoreError(f"cannot write {path}: {e.strerror or e}")

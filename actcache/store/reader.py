@@ -1,0 +1,232 @@
+"""Open a store: identity, snapshots, segments. Needs numpy only; nothing is listed but snapshots.
+
+A reader sees a snapshot, a frozen list of commits, so a store that grows under a running training
+job changes nothing for it. Whatever is not committed does not exist for a reader.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.store import layout
+from actcache.store.errors import DamagedError, HookMissingError, StoreMissingError
+from actcache.store.hooknames import canonical
+from actcache.store.ids import bytes_digest, short
+from actcache.store.records import did_you_mean
+from actcache.store.schema import (
+    Commit,
+    HookInfo,
+    Identity,
+    SnapshotEntry,
+    SnapshotRecord,
+    load,
+    parse_json,
+)
+from actcache.store.shard import ShardReader, check_crc
+from actcache.store.stats import HookStats
+
+T = TypeVar("T")
+
+
+def read_record(cls: type[T], path: Path, sha256: str | None = None) -> T:
+    """A JSON record from disk; DamagedError if it is missing, unlike its digest or malformed."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
+    if sha256 is not None and bytes_digest(data) != sha256:
+        raise DamagedError(f"{path} does not match the digest that the snapshot recorded for it")
+    return load(cls, data, path)
+
+
+def open_store(path: str | Path) -> Store:
+    """The store at `path`.
+
+    Raises StoreMissingError if there is none, StoreVersionError if its format is newer.
+    """
+    root = Path(path).expanduser()
+    if not (root / layout.STORE_JSON).is_file():
+        here = "is not a store (no store.json)" if root.is_dir() else "does not exist"
+        raise StoreMissingError(
+            f"store={path}: {root} {here}. Make one with: actcache run host=… data=… store={path}"
+        )
+    return Store(root, read_record(Identity, root / layout.STORE_JSON))
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store on disk. `identity` says what its rows are."""
+
+    path: Path
+    identity: Identity
+
+    @property
+    def store_id(self) -> str:
+        return self.identity.store_id
+
+    @property
+    def token_stream_id(self) -> str:
+        return self.identity.token_stream_id
+
+    def snapshot_names(self) -> list[str]:
+        """Names of the snapshots, oldest first."""
+        numbers = [int(p.stem) for p in (self.path / layout.SNAPSHOTS).glob("[0-9]*.json")]
+        return [str(n) for n in sorted(numbers)]
+
+    def snapshot(self, name: str | None = None) -> Snapshot:
+        """The snapshot called `name`, or the newest.
+
+        Raises StoreMissingError if nothing was committed yet or there is no such snapshot.
+        """
+        names = self.snapshot_names()
+        if not names:
+            raise StoreMissingError(
+                f"{self.path} has no snapshot: its first run was interrupted before it finished. "
+                "Run the same actcache command again; it continues where it stopped"
+            )
+        if name is not None and str(name) not in names:
+            raise StoreMissingError(
+                f"{self.path} has no snapshot {name!r}; it has {', '.join(names)}"
+            )
+        file = self.path / layout.SNAPSHOTS / f"{name or names[-1]}.json"
+        return Snapshot(self, read_record(SnapshotRecord, file))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A frozen view of a store."""
+
+    store: Store
+    record: SnapshotRecord
+
+    def __post_init__(self) -> None:
+        if self.record.store_id != self.store.store_id:
+            raise DamagedError(
+                f"{self.store.path}: snapshot {self.record.name} belongs to another store, "
+                f"{short(self.record.store_id)}"
+            )
+
+    name = property(lambda self: self.record.name)
+    store_id = property(lambda self: self.store.store_id)
+    token_stream_id = property(lambda self: self.store.token_stream_id)
+    context = property(lambda self: self.store.identity.layout.context)
+    n_rows = property(lambda self: self.record.rows)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(Segment(self.store.path, entry) for entry in self.record.segments)
+
+    @cached_property
+    def hooks(self) -> Mapping[str, HookInfo]:
+        """Hooks that every segment has, by canonical name."""
+        if not self.segments:
+            return {}
+        infos = self.segments[0].hooks
+        return {name: infos[name] for name in self.record.hooks}
+
+    def resolve_hook(self, name: str) -> str:
+        """The stored name of a hook given as alias, TransformerLens name or module path.
+
+        Raises HookMissingError listing what the store has.
+        """
+        wanted = canonical(name)
+        if wanted in self.hooks:
+            return wanted
+        # Stored module paths leave out the prefix of the base model (gpt_neox., model.).
+        prefix = str(self.store.identity.recorded.get("base_model_prefix", ""))
+        path = wanted.removeprefix(f"{prefix}.")
+        for info in self.hooks.values():
+            side = "" if info.io == "out" else ":in"
+            if info.index is None and path == f"{info.module}{side}":
+                return info.name
+        raise HookMissingError(
+            f"hook {name!r} is not in {self.store.path}.{did_you_mean(wanted, self.hooks)} "
+            f"It has: {', '.join(self.hooks)}"
+        )
+
+    def stats(self, hook: str, special: bool = False) -> HookStats:
+        """Statistics of a hook over the snapshot, without or with special tokens."""
+        name = self.resolve_hook(hook)
+        total = HookStats.empty(self.hooks[name].d)
+        for segment in self.segments:
+            total = total.merge(segment.stats(name, special))
+        return total
+
+    def vocab(self) -> list[bytes]:
+        """The exact bytes of every token id."""
+        path = self.store.path / layout.VOCAB_JSON
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
+        if bytes_digest(data) != self.store.identity.files.get(layout.VOCAB_JSON):
+            raise DamagedError(f"{path} does not match the digest in {layout.STORE_JSON}")
+        return [base64.b64decode(t) for t in parse_json(data, path)["tokens"]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment: its token table and its hooks, all with the same rows in the same order."""
+
+    root: Path
+    entry: SnapshotEntry
+
+    id = property(lambda self: self.entry.segment)
+    n_rows = property(lambda self: self.entry.rows)
+
+    @cached_property
+    def commits(self) -> tuple[Commit, ...]:
+        folder = self.root / layout.COMMITS
+        return tuple(
+            read_record(Commit, folder / Path(file).name, sha256)
+            for file, sha256 in sorted(self.entry.commits.items())
+        )
+
+    @cached_property
+    def hooks(self) -> dict[str, HookInfo]:
+        return {h.info.name: h.info for c in self.commits for h in c.hooks}
+
+    def stats(self, hook: str, special: bool = False) -> HookStats:
+        for commit in self.commits:
+            for committed in commit.hooks:
+                if committed.info.name == hook:
+                    return committed.stats(special)
+        raise HookMissingError(f"segment {self.id} has no hook {hook!r}")
+
+    def tokens(self) -> layout.TokenTable:
+        """The token table, checksums checked."""
+        columns = []
+        for name, dtype in layout.TOKEN_COLUMNS.items():
+            what = f"segment {self.id}, tokens/{name}"
+            path = self.root / layout.SEGMENTS / self.id / "tokens" / name / "c" / "0"
+            columns.append(_read_column(path, dtype, self.n_rows, what))
+        return layout.TokenTable(*columns)
+
+    def acts(self, hook: str) -> ShardReader:
+        """Reader of one hook's rows, (n_rows, d)."""
+        if hook not in self.hooks:
+            raise HookMissingError(f"segment {self.id} has no hook {hook!r}")
+        info = self.hooks[hook]
+        path = self.root / layout.SEGMENTS / self.id / "acts" / info.key / "c" / "0" / "0"
+        return ShardReader(path, info, self.n_rows, f"segment {self.id}, hook {hook}")
+
+
+def _read_column(path: Path, dtype: np.dtype[Any], n: int, what: str) -> NDArray[Any]:
+    expected = n * dtype.itemsize + 4
+    try:
+        if path.stat().st_size != expected:
+            raise DamagedError(
+                f"{what}: {path} has {path.stat().st_size:,} bytes, expected {expected:,}"
+            )
+        data = path.read_bytes()
+    except OSError as e:
+        raise DamagedError(f"{what}: {path} cannot be read: {e.strerror}") from e
+    return np.frombuffer(check_crc(data, what), dtype=dtype)

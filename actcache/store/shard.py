@@ -1,0 +1,112 @@
+"""Read inner chunks of one shard with pread, every checksum checked.
+
+zarr-python fills a missing inner chunk with zeros; here it raises. The layout is fixed (bytes +
+crc32c, index at the end), so a chunk is one pread of a known size into a caller's buffer.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.store.errors import DamagedError
+from actcache.store.layout import DTYPES
+from actcache.store.schema import HookInfo
+
+_CRC = 4
+_ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def check_crc(data: bytes | memoryview, what: str) -> memoryview:
+    """The payload of `data` = payload + little-endian crc32c of it. DamagedError if it differs."""
+    view = memoryview(data)
+    payload, stored = view[:-_CRC], int.from_bytes(view[-_CRC:], "little")
+    found = google_crc32c.value(bytes(payload))
+    if found != stored:
+        raise DamagedError(
+            f"{what}: checksum is {found:08x}, expected {stored:08x}. The bytes on disk are "
+            "damaged; copy the store again, or delete the segment and rerun actcache"
+        )
+    return payload
+
+
+class ShardReader:
+    """Rows of one hook of one segment: shape (n_rows, d)."""
+
+    def __init__(self, path: Path, info: HookInfo, n_rows: int, what: str) -> None:
+        """`what` names segment and hook in errors. Nothing is read yet."""
+        self.path, self.info, self.n_rows, self.what = path, info, n_rows, what
+        self.dtype = DTYPES[info.dtype]
+        self.d, self.chunk_rows = info.d, info.chunk_rows
+        self.n_chunks = -(-n_rows // info.chunk_rows)
+        self.chunk_bytes = info.chunk_rows * info.d * self.dtype.itemsize
+        self._offsets: NDArray[np.uint64] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n_rows, self.d
+
+    @property
+    def shard_bytes(self) -> int:
+        """Size of the whole file."""
+        return self.n_chunks * (self.chunk_bytes + _CRC + 16) + _CRC
+
+    def rows_in(self, chunk: int) -> int:
+        """Rows of inner chunk `chunk`; the last one may be short."""
+        return min(self.chunk_rows, self.n_rows - chunk * self.chunk_rows)
+
+    def read_chunk(self, chunk: int) -> NDArray[Any]:
+        """Rows (rows_in(chunk), d) of one inner chunk, in the storage type.
+
+        Raises DamagedError, naming segment, hook and chunk, if a byte is missing or wrong.
+        """
+        what = f"{self.what}, chunk {chunk}"
+        data = self._pread(int(self._index()[chunk]), self.chunk_bytes + _CRC, what)
+        rows = np.frombuffer(check_crc(data, what), dtype=self.dtype)
+        return rows.reshape(self.chunk_rows, self.d)[: self.rows_in(chunk)]
+
+    def read(self) -> NDArray[Any]:
+        """All rows (n_rows, d)."""
+        return np.concatenate([self.read_chunk(i) for i in range(self.n_chunks)])
+
+    def _index(self) -> NDArray[np.uint64]:
+        if self._offsets is None:
+            self._offsets = self._read_index()
+        return self._offsets
+
+    def _read_index(self) -> NDArray[np.uint64]:
+        what = f"{self.what}, shard index"
+        size = self.n_chunks * 16 + _CRC
+        raw = check_crc(self._pread(self.shard_bytes - size, size, what), what)
+        index = np.frombuffer(raw, dtype="<u8").reshape(self.n_chunks, 2)
+        lost = np.flatnonzero((index == _ABSENT).any(axis=1))
+        if len(lost):
+            raise DamagedError(f"{self.what}: inner chunk {lost[0]} was never written")
+        ends = index[:, 0] + index[:, 1]
+        limit = self.shard_bytes - size
+        if (index[:, 1] != self.chunk_bytes + _CRC).any() or (ends > limit).any():
+            raise DamagedError(f"{what}: entries do not fit the array's shape")
+        return index[:, 0].copy()
+
+    def _pread(self, offset: int, size: int, what: str) -> bytes:
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DamagedError(f"{what}: {self.path} is missing") from None
+        try:
+            found = os.fstat(fd).st_size
+            if found != self.shard_bytes:
+                raise DamagedError(
+                    f"{what}: {self.path} has {found:,} bytes, expected {self.shard_bytes:,}"
+                )
+            data = os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+        if len(data) != size:
+            raise DamagedError(f"{what}: short read of {self.path} at {offset}")
+        return data

@@ -1,0 +1,120 @@
+"""Statistics of one hook over rows of activations, exact to merge.
+
+n, per-channel mean and M2 (sum of squared deviations), E||x||, max |x| and the count of non-finite
+values, in float64; two halves merge with the pairwise update of Chan, Golub and LeVeque (1983), so
+the result does not depend on how the rows were split beyond float64 rounding.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.store.errors import DamagedError
+
+_BLOCK = 8192  # rows upcast to float64 at a time
+
+
+@dataclass(frozen=True)
+class HookStats:
+    """Statistics of n rows of width d."""
+
+    n: int
+    mean: NDArray[np.float64]  # (d,)
+    m2: NDArray[np.float64]  # (d,)
+    sum_norm: float  # sum of ||x||
+    max_abs: float
+    nonfinite: int  # values that are NaN or infinite; a committed segment has none
+
+    @classmethod
+    def empty(cls, d: int) -> Self:
+        return cls(0, np.zeros(d), np.zeros(d), 0.0, 0.0, 0)
+
+    @classmethod
+    def of(cls, x: NDArray[Any]) -> Self:
+        """Statistics of rows x (n, d), any float type."""
+        total = cls.empty(x.shape[1])
+        for start in range(0, len(x), _BLOCK):
+            total = total.merge(cls._block(x[start : start + _BLOCK].astype(np.float64)))
+        return total
+
+    @classmethod
+    def _block(cls, x: NDArray[np.float64]) -> Self:
+        nonfinite = int(np.size(x) - np.count_nonzero(np.isfinite(x)))
+        mean = x.mean(axis=0)
+        m2 = np.square(x - mean).sum(axis=0)
+        norms = np.sqrt(np.square(x).sum(axis=1))
+        return cls(len(x), mean, m2, float(norms.sum()), float(np.abs(x).max()), nonfinite)
+
+    def merge(self, other: Self) -> Self:
+        """Statistics of both sets of rows together."""
+        if not (self.n and other.n):
+            return other if other.n else self
+        n = self.n + other.n
+        delta = other.mean - self.mean
+        return type(self)(
+            n,
+            self.mean + delta * (other.n / n),
+            self.m2 + other.m2 + np.square(delta) * (self.n * other.n / n),
+            self.sum_norm + other.sum_norm,
+            max(self.max_abs, other.max_abs),
+            self.nonfinite + other.nonfinite,
+        )
+
+    @property
+    def mean_norm(self) -> float:
+        """E||x||; NaN where there are no rows."""
+        return self.sum_norm / self.n if self.n else math.nan
+
+    @property
+    def variance(self) -> float:
+        """Total variance E||x - mean||^2, summed over channels; NaN where there are no rows."""
+        return float(self.m2.sum()) / self.n if self.n else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "mean": _pack(self.mean),
+            "m2": _pack(self.m2),
+            "sum_norm": self.sum_norm,
+            "max_abs": self.max_abs,
+            "nonfinite": self.nonfinite,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], d: int) -> Self:
+        """Raises DamagedError if the record is not what `to_json` writes for width d."""
+        try:
+            stats = cls(
+                int(record["n"]),
+                _unpack(record["mean"], d),
+                _unpack(record["m2"], d),
+                float(record["sum_norm"]),
+                float(record["max_abs"]),
+                int(record["nonfinite"]),
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise DamagedError(f"statistics record is malformed: {e}") from e
+        scalars = (stats.sum_norm, stats.max_abs, stats.mean.sum(), stats.m2.sum())
+        if stats.n < 0 or not all(map(math.isfinite, scalars)):
+            raise DamagedError("statistics record holds negative counts or non-finite numbers")
+        return stats
+
+
+def _pack(x: NDArray[np.float64]) -> str:
+    return base64.b64encode(x.astype("<f8").tobytes()).decode()
+
+
+def _unpack(text: str, d: int) -> NDArray[np.float64]:
+    if len(text) > 4 * (8 * d // 3 + 2):
+        raise ValueError(f"array is longer than {d} channels")
+    x = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
+    if len(x) != d:
+        raise ValueError(f"expected {d} channels, got {len(x)}")
+    return x.astype(np.float64)
