@@ -1,0 +1,55 @@
+# make demo    the main job, end to end, on an embedded default
+# make test    lint, types, walls, tests
+# make lint    the first three of them
+# make venv    only the set-up, which the others do by themselves
+# make clean   caches and build outputs; make distclean also .venv
+#
+# PYTHON=python3.12 picks an interpreter. On a Linux machine without a GPU, the small build of torch:
+#   make TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH := $(shell grep -E '^torch==' constraints.txt)
+PIP := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+
+.PHONY: demo test lint venv clean distclean
+.NOTPARALLEL:
+
+demo: $(STAMP)
+	$(BIN)/python -m pipelines.demo
+
+test: lint
+	@echo "== pytest"
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@echo "== ruff check"
+	@$(BIN)/ruff check .
+	@echo "== ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "== mypy"
+	@$(BIN)/mypy
+	@echo "== lint-imports"
+	@$(BIN)/lint-imports
+
+venv: $(STAMP)
+
+# torch goes first and alone: the resolver then keeps the build that is there.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || { echo "== creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "== installing $(TORCH) (one to three minutes the first time)"
+	@$(PIP) $(TORCH_ARGS) $(TORCH)
+	@echo "== installing the rest of constraints.txt"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
