@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from saetrain.codes import Codes, dense, firing_counts
+from saetrain.codes import Codes, SparseCodes, dense, firing_counts
 from saetrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class SAE(nn.Module, ABC):
 
     in_center: Tensor  # (D,) c
     in_scale: Tensor  # () s
+    in_variance: Tensor  # () total variance of x', summed over the D channels
     tokens_since_fired: Tensor  # (F,) int64
 
     def __init__(self, cfg: SAEConfig, spaces: Mapping[str, HookSpace]) -> None:
@@ -116,6 +117,7 @@ class SAE(nn.Module, ABC):
         self.hooks_in: tuple[str, ...] = (hook_in,)
         self.hooks_out: tuple[str, ...] = (cfg.hook_out or hook_in,)
         space = spaces[hook_in]
+        _check_space(space, cfg)
         self.d_in = space.d
         self.n_latents = cfg.latents(space.d)
         scale = {
@@ -165,10 +167,9 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def note_firing(self, codes: Codes) -> None:
         """Advance the dead-latent clock: tokens since each latent last fired in a batch."""
-        n_tokens = codes.values.shape[0] if hasattr(codes, "values") else codes.shape[0]
-        fired = firing_counts(codes) > 0
-        self.tokens_since_fired += n_tokens
-        self.tokens_since_fired[fired] = 0
+        values = codes.values if isinstance(codes, SparseCodes) else codes
+        self.tokens_since_fired += values.shape[:-1].numel()
+        self.tokens_since_fired.masked_fill_(firing_counts(codes) > 0, 0)
 
     @property
     def dead(self) -> Tensor:
@@ -188,6 +189,33 @@ class SAE(nn.Module, ABC):
     def unstandardise(self, x: Tensor) -> Tensor:
         """x = x' / s + c."""
         return x / self.in_scale + self.in_center
+
+
+def check_autoencoder(cfg: SAEConfig, spaces: Mapping[str, HookSpace], name: str) -> None:
+    """ConfigError unless input and output are one hook; `name` is the architecture's."""
+    hook_in = next(iter(spaces))
+    if cfg.hook_out not in (None, hook_in):
+        raise ConfigError(
+            f"sae.hook_out={cfg.hook_out!r} differs from the input hook {hook_in!r}: "
+            f"sae.name={name} reconstructs its own input, and transcoders are not in this "
+            "version. Remove sae.hook_out"
+        )
+    if len(spaces) > 1:
+        raise ConfigError(f"sae.name={name} reads one hook, got {len(spaces)}: {', '.join(spaces)}")
+
+
+def _check_space(space: HookSpace, cfg: SAEConfig) -> None:
+    """ConfigError if the hook's statistics leave nothing to scale by or to learn."""
+    if cfg.scale != "none" and not space.mean_norm > 0:
+        raise ConfigError(
+            f"sae.scale={cfg.scale} divides by the mean norm of hook {space.name!r}, which is "
+            f"{space.mean_norm} in the store's statistics"
+        )
+    if not space.variance > 0:
+        raise ConfigError(
+            f"hook {space.name!r} has variance {space.variance} in the store's statistics: "
+            "there is nothing to learn. Choose another hook"
+        )
 
 
 _REGISTRY: dict[str, type[SAE]] = {}
