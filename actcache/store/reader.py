@@ -6,7 +6,6 @@ job changes nothing for it. Whatever is not committed does not exist for a reade
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,10 +27,10 @@ from actcache.store.schema import (
     SnapshotEntry,
     SnapshotRecord,
     load,
-    parse_json,
 )
 from actcache.store.shard import ShardReader, check_crc
 from actcache.store.stats import HookStats
+from actcache.store.vocab import decode_vocab
 
 T = TypeVar("T")
 
@@ -169,7 +168,7 @@ class Snapshot:
             raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
         if bytes_digest(data) != self.store.identity.files.get(layout.VOCAB_JSON):
             raise DamagedError(f"{path} does not match the digest in {layout.STORE_JSON}")
-        return [base64.b64decode(t) for t in parse_json(data, path)["tokens"]]
+        return decode_vocab(data, path)
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,12 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("context", "segment_rows", "chunk_bytes", "unit_bytes"):
             if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: expected at least 1, got {getattr(self, name)}")
+                raise SettingsError(
+                    f"layout.{name}: expected at least 1, got {getattr(self, name)}"
+                )
         if self.segment_rows % self.context:
             raise SettingsError(
-                f"store.segment_rows={self.segment_rows} must be a multiple of "
+                f"layout.segment_rows={self.segment_rows} must be a multiple of "
                 f"context={self.context}, so that no context straddles two segments"
             )
 

@@ -106,7 +106,7 @@ class StoreWriter:
         lines = [
             *diff(found.token_stream, asked.token_stream, "token_stream."),
             *diff(found.host, asked.host, "host."),
-            *diff(vars(found.layout), vars(asked.layout), "store."),
+            *diff(vars(found.layout), vars(asked.layout), "layout."),
         ]
         if lines:
             raise IdentityError(
@@ -140,14 +140,17 @@ class StoreWriter:
     ) -> Commit:
         """Permute, encode, publish and commit one segment given in (ctx, pos) order.
 
-        Raises OutOfSpaceError or StoreError; the segment is then simply not committed.
+        A segment that is committed already only gains the hooks it lacks, and only if its token
+        table is the same. Raises OutOfSpaceError or StoreError; nothing is committed then.
         """
         segment = layout.segment_id(unit, index)
-        self._clear_uncommitted(segment)
+        acts = [(info, rows) for info, rows in acts if not self.has(segment, {info.activation_id})]
+        self._clear_uncommitted(segment, [info for info, _ in acts])
         if self.identity.layout.order == "permuted":
             order = layout.permutation(segment, len(tokens))
             tokens = tokens.take(order)
             acts = [(info, rows[order]) for info, rows in acts]
+        self._refuse_other_tokens(segment, tokens)
         objects = self._publish_objects(segment, tokens, acts)
         plain = (tokens.flags & layout.FLAG_SPECIAL) == 0
         commit = Commit(
@@ -173,25 +176,37 @@ class StoreWriter:
         acts: Sequence[tuple[HookInfo, NDArray[Any]]],
     ) -> list[StoredObject]:
         root = f"{layout.SEGMENTS}/{segment}"
-        streams = [
-            encode_group(root),
-            encode_group(f"{root}/tokens"),
-            encode_tokens(f"{root}/tokens", tokens),
-            encode_group(f"{root}/acts"),
-            *(encode_acts(f"{root}/acts", rows, info) for info, rows in acts),
-        ]
+        streams = [encode_acts(f"{root}/acts", rows, info) for info, rows in acts]
+        if segment not in self.commits:
+            streams = [
+                encode_group(root),
+                encode_group(f"{root}/tokens"),
+                encode_tokens(f"{root}/tokens", tokens),
+                encode_group(f"{root}/acts"),
+                *streams,
+            ]
         objects = []
         for key, data in (item for stream in streams for item in stream):
             publish(self.path / key, data)
             objects.append(StoredObject(key=key, bytes=len(data), sha256=bytes_digest(data)))
         return objects
 
-    def _clear_uncommitted(self, segment: str) -> None:
-        if segment in self.commits:
-            raise StoreError(f"segment {segment} is committed already; it is never written again")
+    def _clear_uncommitted(self, segment: str, hooks: Sequence[HookInfo]) -> None:
+        """Remove what a writer that died left behind: no commit names it."""
         folder = self.path / layout.SEGMENTS / segment
-        if folder.exists():
+        if segment in self.commits:
+            for info in hooks:
+                shutil.rmtree(folder / "acts" / info.key, ignore_errors=True)
+        elif folder.exists():
             shutil.rmtree(folder)
+
+    def _refuse_other_tokens(self, segment: str, tokens: layout.TokenTable) -> None:
+        for commit in self.commits.get(segment, []):
+            if commit.token_digest != tokens.digest():
+                raise IdentityError(
+                    f"segment {segment} of {self.path} holds other tokens than the data gives "
+                    "now; hooks can only be added to the same tokens"
+                )
 
     def snapshot(self, segments: Sequence[str]) -> SnapshotRecord:
         """Freeze the given segments, in this order, as the next snapshot; reuse an equal one."""

@@ -1,0 +1,245 @@
+"""Hook points: from a name to a module of the host, and from a forward pass to its tensors.
+
+Activations come from plain forward hooks on named modules, never from `output_hidden_states`
+(whose last entry is taken after the final norm). A hook that does not fire is an error; there is
+no fallback to something similar.
+
+Shapes: B contexts, T tokens, d width of the hooked tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from actcache.errors import HookError
+from actcache.store.hooknames import KINDS, canonical, parse_alias
+from actcache.store.records import did_you_mean
+
+_ATTENTION = ("self_attn", "attention", "attn", "self_attention", "mixer")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mixer")
+_SPEC = re.compile(r"(?P<path>[^:]+)(:(?P<io>in|out)(\.(?P<item>\w+))?)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookPoint:
+    """One tensor of the host: the input or output of a module, or an item of either."""
+
+    name: str  # canonical, see actcache.store.hooknames
+    module: str  # path in the base model
+    io: Literal["in", "out"]
+    index: int | str | None = None  # tuple item, or keyword of an input
+
+
+def resolve(
+    names: Sequence[str] | str, layers: Sequence[int] | None, model: nn.Module
+) -> list[HookPoint]:
+    """Hook points for `names`; an alias without a layer ("resid") stands for all of `layers`.
+
+    Raises HookError for a name that matches nothing, with the nearest names.
+    """
+    asked = [names] if isinstance(names, str) else list(names)
+    if not asked:
+        raise HookError("hooks is empty: name at least one, such as hooks=resid")
+    expanded = [full for name in asked for full in _expand(name, layers, model)]
+    if layers is not None and not any(name in KINDS for name in asked):
+        raise HookError(
+            f"layers={list(layers)} has no effect with hooks={asked}: give hooks without a layer, "
+            f"such as hooks=resid, or leave layers out. Kinds: {', '.join(KINDS)}"
+        )
+    points = {point.name: point for point in (_point(n, model) for n in expanded)}
+    return list(points.values())
+
+
+def _expand(name: str, layers: Sequence[int] | None, model: nn.Module) -> list[str]:
+    if name not in KINDS:
+        return [name]
+    _, blocks = block_list(model)
+    chosen = range(len(blocks)) if layers is None else layers
+    return [f"{name}.{layer}" for layer in chosen]
+
+
+def _point(name: str, model: nn.Module) -> HookPoint:
+    short = canonical(name)
+    if short == "embed":
+        return HookPoint(name=short, module=_embedding_path(model), io="out")
+    alias = parse_alias(short)
+    if alias is not None:
+        return _block_point(short, *alias, model)
+    return _module_point(name, short, model)
+
+
+def _block_point(name: str, kind: str, layer: int, model: nn.Module) -> HookPoint:
+    path, blocks = block_list(model)
+    if layer >= len(blocks):
+        raise HookError(f"hook {name!r}: the host has {len(blocks)} blocks, 0 to {len(blocks) - 1}")
+    block = f"{path}.{layer}"
+    if kind in ("resid", "resid_pre"):
+        return HookPoint(name=name, module=block, io="out" if kind == "resid" else "in")
+    wanted = _ATTENTION if kind == "attn" else _MLP
+    children = dict(blocks[layer].named_children())
+    child = next((c for c in wanted if c in children), None)
+    if child is None:
+        raise HookError(
+            f"hook {name!r}: {block} has no child called {' or '.join(wanted)}; it has "
+            f"{', '.join(children)}. Name the module itself, such as hooks=[{block}.NAME]"
+        )
+    return HookPoint(name=name, module=f"{block}.{child}", io="out")
+
+
+def _module_point(name: str, short: str, model: nn.Module) -> HookPoint:
+    match = _SPEC.fullmatch(short)
+    if match is None:
+        raise HookError(f"hook {name!r}: expected PATH, PATH:in, PATH:out or PATH:out.1")
+    modules = dict(model.named_modules())
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    path = match["path"]
+    if path not in modules:
+        path = path.removeprefix(f"{prefix}.")  # paths of the model with its head work too
+    if path not in modules or path == "":
+        raise HookError(f"hook {name!r} matches nothing in the host.{_nearest(name, modules)}")
+    item: int | str | None = match["item"]
+    if item is not None and str(item).isdigit():
+        item = int(item)
+    io: Literal["in", "out"] = "in" if match["io"] == "in" else "out"
+    side = "" if io == "out" and item is None else f":{io}" + ("" if item is None else f".{item}")
+    return HookPoint(name=f"{path}{side}", module=path, io=io, index=item)
+
+
+def _nearest(name: str, modules: Iterable[str]) -> str:
+    aliases = [f"{kind}.{n}" for kind in KINDS for n in range(4)]
+    return did_you_mean(name, [*aliases, "embed", *(m for m in modules if m)], n=5)
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the transformer blocks of the language model.
+
+    Raises HookError if the model has no list of `num_hidden_layers` modules.
+    """
+    config: Any = getattr(model, "config", None)
+    n = config.get_text_config().num_hidden_layers if config is not None else None
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n
+    ]
+    text = [found for found in lists if not re.search(r"visual|vision", found[0])]
+    if not text:
+        raise HookError(
+            "the host has no list of transformer blocks that aliases could name; name modules "
+            "by their path instead"
+        )
+    return text[0]
+
+
+def deepest_block(points: Iterable[HookPoint], model: nn.Module) -> int | None:
+    """Number of the deepest block that any point needs; None if one lies outside the blocks."""
+    try:
+        path, _ = block_list(model)
+    except HookError:
+        return None
+    embedding = _embedding_path(model)
+    deepest = 0
+    for point in points:
+        match = re.match(rf"{re.escape(path)}\.(\d+)(\.|$)", point.module)
+        if match is None and point.module != embedding:
+            return None
+        deepest = max(deepest, int(match[1]) if match else 0)
+    return deepest
+
+
+def _embedding_path(model: nn.Module) -> str:
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    for path, module in model.named_modules():
+        if module is embedding:
+            return str(path)
+    raise HookError("hook 'embed': the host has no input embedding module")
+
+
+class Capture:
+    """Collects the hooked tensors of each forward pass. Use as a context manager."""
+
+    def __init__(self, model: nn.Module, points: Sequence[HookPoint]) -> None:
+        self._points = {p.name: p for p in points}
+        self._found: dict[str, Tensor] = {}
+        modules = dict(model.named_modules())
+        self._handles = [h for p in points for h in self._attach(modules[p.module], p)]
+
+    def _attach(self, module: nn.Module, point: HookPoint) -> Iterator[RemovableHandle]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._found[point.name] = _from_input(point, args, kwargs)
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._found[point.name] = _from_output(point, output)
+
+        if point.io == "in":
+            yield module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            yield module.register_forward_hook(after)
+
+    def take(self) -> dict[str, Tensor]:
+        """Tensors (B, T, d) of the last forward pass by hook name, and forget them.
+
+        Raises HookError for a hook that did not fire or is not (B, T, d).
+        """
+        found, self._found = self._found, {}
+        silent = [name for name in self._points if name not in found]
+        if silent:
+            raise HookError(
+                f"hook {silent[0]!r} did not fire: the forward pass never ran "
+                f"{self._points[silent[0]].module!r}"
+            )
+        for name, x in found.items():
+            if x.ndim != 3:
+                raise HookError(
+                    f"hook {name!r} has shape {tuple(x.shape)}; expected (contexts, tokens, width)"
+                )
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _from_output(point: HookPoint, output: Any) -> Tensor:
+    """A tensor, the chosen item of a tuple, or the first item."""
+    if isinstance(output, Tensor) and point.index is None:
+        return output
+    try:
+        item = output[point.index if point.index is not None else 0]
+    except (IndexError, KeyError, TypeError):
+        item = None
+    return _tensor(point, item, output)
+
+
+def _from_input(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The chosen argument; else the first positional tensor, `hidden_states`, or first keyword."""
+    values: list[Any]
+    if isinstance(point.index, str):
+        values = [kwargs.get(point.index)]
+    elif isinstance(point.index, int):
+        values = [args[point.index]] if point.index < len(args) else []
+    else:
+        values = [*args, kwargs.get("hidden_states"), *kwargs.values()]
+    item = next((v for v in values if isinstance(v, Tensor)), None)
+    return _tensor(point, item, (args, tuple(kwargs)))
+
+
+def _tensor(point: HookPoint, item: Any, source: Any) -> Tensor:
+    if isinstance(item, Tensor):
+        return item
+    raise HookError(
+        f"hook {point.name!r}: the {point.io}put of {point.module} holds no such tensor "
+        f"(it is {type(source).__name__})"
+    )

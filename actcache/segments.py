@@ -1,0 +1,152 @@
+"""Contexts through the host into the rows of one segment.
+
+Contexts run in batches, padded on the right to equal length; only real tokens become rows, in
+(ctx, pos) order. Values that are not finite stop the run, naming the context that caused them.
+
+Shapes: B contexts in a batch, T tokens of the longest, d width of a hook, n rows of the segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from actcache.data import Context
+from actcache.errors import HookError, NonFiniteError
+from actcache.hooks import Capture, HookPoint
+from actcache.host import forward
+from actcache.store import FLAG_DOC_START, TokenTable
+from actcache.store.layout import DTYPES
+
+_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class SegmentBuilder:
+    """Runs contexts through a loaded host and collects token tables and activations."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Sequence[HookPoint],
+        *,
+        device: torch.device,
+        batch_contexts: int,
+        dtype: str,
+        cross_documents: bool,
+    ) -> None:
+        """`dtype` is the storage type; `cross_documents` whether attention crosses documents."""
+        self._model, self._points, self._device = model, points, device
+        self._batch, self._dtype, self._cross = batch_contexts, dtype, cross_documents
+
+    def widths(self) -> dict[str, int]:
+        """d of every hook, from a forward pass over two tokens. HookError if one is silent."""
+        probe = Context(np.zeros(2, np.uint32), np.zeros(2, np.uint64), np.zeros(2, np.uint8))
+        return {name: x.shape[-1] for name, x in self._run([probe]).items()}
+
+    def build(
+        self, contexts: Sequence[Context], advance: Callable[[int], object]
+    ) -> tuple[TokenTable, dict[str, NDArray[Any]]]:
+        """Token table and activations (n, d) in storage type; `advance(tokens)` after each batch.
+
+        Raises NonFiniteError.
+        """
+        parts: dict[str, list[NDArray[Any]]] = {p.name: [] for p in self._points}
+        for start in range(0, len(contexts), self._batch):
+            batch = contexts[start : start + self._batch]
+            for name, rows in self._run(batch).items():
+                parts[name].append(self._stored(name, rows, batch, start))
+            advance(sum(map(len, batch)))
+        return token_table(contexts), {name: np.concatenate(p) for name, p in parts.items()}
+
+    def _run(self, batch: Sequence[Context]) -> dict[str, Tensor]:
+        """Activations (rows, d) of the real tokens, by hook."""
+        ids_BT, real_BT = _pad(batch)
+        mask, positions = real_BT, None
+        if not self._cross:
+            mask, positions = _document_mask(batch, real_BT)
+        with Capture(self._model, self._points) as capture:
+            forward(
+                self._model,
+                ids_BT.to(self._device),
+                mask.to(self._device),
+                None if positions is None else positions.to(self._device),
+            )
+            found = capture.take()
+        for name, x in found.items():
+            if x.shape[:2] != ids_BT.shape:
+                raise HookError(
+                    f"hook {name!r} has shape {tuple(x.shape)} for {tuple(ids_BT.shape)} tokens: "
+                    "it does not carry one vector per token"
+                )
+        keep = real_BT.bool().to(self._device)
+        return {name: x[keep] for name, x in found.items()}
+
+    def _stored(
+        self, name: str, rows: Tensor, batch: Sequence[Context], first: int
+    ) -> NDArray[Any]:
+        stored = rows.to(_TORCH[self._dtype])
+        if not bool(torch.isfinite(stored).all()):
+            raise NonFiniteError(_where(name, stored, batch, first, self._dtype))
+        if stored.dtype == torch.bfloat16:
+            return stored.cpu().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
+        array: NDArray[Any] = stored.cpu().numpy()
+        return array
+
+
+def token_table(contexts: Sequence[Context]) -> TokenTable:
+    """Rows of contexts numbered from 0, in (ctx, pos) order."""
+    lengths = [len(c) for c in contexts]
+    return TokenTable(
+        token_id=np.concatenate([c.token_id for c in contexts]),
+        doc=np.concatenate([c.doc for c in contexts]),
+        ctx=np.repeat(np.arange(len(contexts), dtype=np.uint32), lengths),
+        pos=np.concatenate([np.arange(n, dtype=np.uint32) for n in lengths]),
+        flags=np.concatenate([c.flags for c in contexts]),
+    )
+
+
+def _pad(batch: Sequence[Context]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) with zeros behind short contexts, and 1 where a token is real."""
+    ids = np.zeros((len(batch), max(map(len, batch))), dtype=np.int64)
+    real = np.zeros_like(ids)
+    for row, context in enumerate(batch):
+        ids[row, : len(context)] = context.token_id
+        real[row, : len(context)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(real)
+
+
+def _document_mask(batch: Sequence[Context], real_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each document only: mask (B, 1, T, T) and restarting positions."""
+    B, T = real_BT.shape
+    document_BT = torch.full((B, T), -1)
+    positions_BT = torch.zeros((B, T), dtype=torch.int64)
+    for row, context in enumerate(batch):
+        starts = (context.flags & FLAG_DOC_START) != 0
+        number = np.cumsum(starts)
+        begin = np.maximum.accumulate(np.where(starts, np.arange(len(context)), 0))
+        document_BT[row, : len(context)] = torch.from_numpy(number)
+        positions_BT[row, : len(context)] = torch.from_numpy(np.arange(len(context)) - begin)
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    causal_TT = torch.ones(T, T, dtype=torch.bool).tril()
+    return (same_BTT & causal_TT)[:, None], positions_BT
+
+
+def _where(name: str, rows: Tensor, batch: Sequence[Context], first: int, dtype: str) -> str:
+    """The message for values that are not finite."""
+    bad = int((~torch.isfinite(rows)).any(dim=1).nonzero()[0])
+    ends = np.cumsum([len(c) for c in batch])
+    offset = int(np.searchsorted(ends, bad, side="right"))
+    context = batch[offset]
+    bad -= int(ends[offset]) - len(context)
+    ids = context.token_id[max(0, bad - 8) : bad + 1].tolist()
+    return (
+        f"hook {name!r} is not finite as {dtype} at context {first + offset} of the segment, "
+        f"position {bad}, document key {int(context.doc[bad])}; the tokens up to there are {ids}. "
+        "Nothing of this segment is kept. Try host.dtype=float32 or layout.dtype=bfloat16, or "
+        "leave the document out"
+    )
