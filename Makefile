@@ -12,7 +12,7 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell grep -E '^torch==' constraints.txt)
-PIP := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check)
 
 .PHONY: demo test lint venv clean distclean
 .NOTPARALLEL:
