@@ -107,6 +107,10 @@ class Snapshot:
     record: SnapshotRecord
 
     def __post_init__(self) -> None:
+        if self.record != self.record.sealed():
+            raise DamagedError(
+                f"{self.store.path}: snapshot {self.record.name} does not match its own checksum"
+            )
         if self.record.store_id != self.store.store_id:
             raise DamagedError(
                 f"{self.store.path}: snapshot {self.record.name} belongs to another store, "

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from actcache.store.errors import DamagedError, SettingsError, StoreVersionError
 from actcache.store.hooknames import storage_key
-from actcache.store.ids import bytes_digest, canonical_json
+from actcache.store.ids import bytes_digest, canonical_json, digest
 from actcache.store.layout import DTYPES, FORMAT, FORMAT_VERSION, SEGMENT_ID, Order
 from actcache.store.records import build
 from actcache.store.stats import HookStats
@@ -163,12 +163,18 @@ class SnapshotRecord:
     rows: int
     hooks: tuple[str, ...]  # present in every segment
     segments: tuple[SnapshotEntry, ...]
+    identity_sha256: str  # of store.json, so that the snapshot vouches for every record below it
+    checksum: str = ""  # of this record with an empty checksum
     format_version: int = FORMAT_VERSION
+
+    def sealed(self) -> SnapshotRecord:
+        """The same record with its checksum filled in."""
+        return replace(self, checksum=digest(asdict(replace(self, checksum=""))))
 
 
 def dump(record: Any) -> bytes:
     """A record as indented JSON with a stable order."""
-    return (json.dumps(asdict(record), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    return json.dumps(asdict(record), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def load(cls: type[T], data: bytes, path: Path) -> T:

@@ -36,6 +36,8 @@ def _check_identity(snapshot: Snapshot) -> Check:
     problem = ""
     if (stream, store) != (found.token_stream_id, found.store_id):
         problem = "its ids do not follow from its fields"
+    if file_digest(snapshot.store.path / STORE_JSON) != snapshot.record.identity_sha256:
+        problem = "bytes do not match the digest in the snapshot"
     return Check(STORE_JSON, (snapshot.store.path / STORE_JSON).stat().st_size, problem)
 
 

@@ -222,7 +222,8 @@ class StoreWriter:
             rows=sum(e.rows for e in entries),
             hooks=tuple(names),
             segments=entries,
-        )
+            identity_sha256=file_digest(self.path / layout.STORE_JSON),
+        ).sealed()
         publish(self.path / layout.SNAPSHOTS / f"{record.name}.json", dump(record))
         return record
 
