@@ -1,0 +1,130 @@
+"""The held-out evaluation of a run: the SAE, the PCA of equal rank beside it, eval.json, the table.
+
+Used at the end of training and by `saetrain evaluate RUN_DIR`, with the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from saetrain.artefact import InferenceSAE, load_sae
+from saetrain.errors import TrainingError
+from saetrain.evals import pca, reconstruction
+from saetrain.log import table, watched
+from saetrain.runs import (
+    CONFIG,
+    RUN,
+    Source,
+    open_snapshot,
+    open_source,
+    read_json,
+    resolve_device,
+    write_json,
+)
+from saetrain.settings import EvalSettings, TrainSettings
+from saetrain.stream import Batch
+
+EVAL, SAE_FOLDER = "eval.json", "sae"
+
+
+def evaluate_sae(
+    sae: InferenceSAE, source: Source, settings: EvalSettings, *, progress: bool = False
+) -> dict[str, Any]:
+    """Held-out metrics of `sae` (see `saetrain.evals.reconstruction`)."""
+    return reconstruction.evaluate(
+        sae,
+        _held_out(source, settings, "evaluate", progress),
+        hook_in=source.hook_in,
+        hook_out=source.hook_out,
+        reference=source.train.space(source.hook_out).mean.to(sae.W_enc.device),
+        tokens=settings.tokens,
+        bootstrap=settings.bootstrap,
+    )
+
+
+def evaluate_with_baseline(
+    sae: InferenceSAE, source: Source, settings: EvalSettings, *, progress: bool = False
+) -> dict[str, Any]:
+    """Held-out metrics, and `pca`: the same rows through a PCA of rank round(L0).
+
+    `pca` is None where it is switched off, or where the SAE predicts another hook than it reads.
+    Moves the training stream back to its start: the PCA is fitted on its first rows.
+    """
+    result = evaluate_sae(sae, source, settings, progress=progress)
+    result["pca"] = None
+    if settings.pca_tokens and source.hook_in == source.hook_out:
+        hook, limit = source.hook_in, settings.pca_tokens
+        reference = source.train.space(hook).mean.to(sae.W_enc.device)
+        source.train.load_state_dict(source.start)
+        epoch = islice(source.train, source.train.batches_per_epoch)
+        rows = watched(epoch, "fit PCA", min(limit, source.train.n_rows), progress)
+        fitted = pca.fit(rows, hook, round(result["l0"]), limit, reference)
+        held_out = _held_out(source, settings, "evaluate PCA", progress)
+        result["pca"] = pca.evaluate(fitted, held_out, hook, settings.tokens)
+    return result
+
+
+def _held_out(source: Source, settings: EvalSettings, what: str, progress: bool) -> Iterator[Batch]:
+    n = source.held_out.n_rows
+    total = n if settings.tokens is None else min(n, settings.tokens)
+    return watched(source.held_out.one_pass(), what, total, progress)
+
+
+def evaluate_run(run_dir: str | Path, store: str | None = None) -> dict[str, Any]:
+    """Evaluate a finished run again on its own store and snapshot, and rewrite eval.json.
+
+    `store` says where the store is now, if it has moved. TrainingError if it is another store.
+    """
+    run_dir = Path(run_dir)
+    record, config = read_json(run_dir / RUN), read_json(run_dir / CONFIG)
+    if not record or not config:
+        raise TrainingError(f"{run_dir} is not a run folder: {RUN} and {CONFIG} expected")
+    settings = TrainSettings.from_mapping(config)
+    settings = dataclasses.replace(
+        settings, store=store or settings.store, snapshot=record.get("snapshot")
+    )
+    snapshot = open_snapshot(dataclasses.replace(settings, snapshot=None))
+    if snapshot.store_id != record.get("store_id"):
+        raise TrainingError(
+            f"{run_dir} was trained on store {record.get('store_id')}, and {settings.store} is "
+            f"store {snapshot.store_id}. Give its own with store=PATH"
+        )
+    device = resolve_device(settings.device)
+    source = open_source(settings, open_snapshot(settings), device)
+    sae = load_sae(run_dir / SAE_FOLDER, device=device)
+    result = evaluate_with_baseline(sae, source, settings.eval, progress=True)
+    old = read_json(run_dir / EVAL)
+    kept = {k: old[k] for k in ("train_tokens", "seconds", "steps") if k in old}
+    write_json(run_dir / EVAL, result | kept)
+    return result | kept
+
+
+def summary(run_dir: Path, result: Mapping[str, Any]) -> dict[str, object]:
+    """One row of the table that every run and every sweep ends with."""
+    se = result.get("fve_se")
+    baseline = result.get("pca")
+    return {
+        "run": run_dir.name,
+        "FVE": f"{result['fve']:.4f}" + (f" ± {se:.4f}" if se is not None else ""),
+        "MSE": result["mse"],
+        "L0": round(result["l0"], 2),
+        f"dead@{result['tokens']:,}": f"{result['dead']:.2%}",
+        "PCA FVE": f"{baseline['fve']:.4f} (rank {baseline['rank']})" if baseline else None,
+        "train tokens": result.get("train_tokens"),
+        "seconds": round(result["seconds"], 1) if "seconds" in result else None,
+    }
+
+
+def final_table(run_dir: Path, result: Mapping[str, Any]) -> str:
+    """The summary of one run as text."""
+    return table([summary(run_dir, result)])
+
+
+def scalars(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation that make sense as a curve."""
+    names = ("fve", "mse", "cos", "l0", "dead")
+    return {f"eval/{name}": float(result[name]) for name in names}

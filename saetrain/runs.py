@@ -1,0 +1,270 @@
+"""A run's folder and its sources: what it is trained on, where it is kept, whether it may go on.
+
+run.json names the store, the hook, the package versions and the git commit, and no path or host.
+A rerun with the same settings lands in the same folder; it continues only on the same store, and
+on the snapshot that it began with even if the store has grown since.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+import saetrain
+from actcache.store import Snapshot, open_store
+from saetrain.errors import ConfigError, TrainingError
+from saetrain.saes import make_config
+from saetrain.saes.base import HookSpace
+from saetrain.settings import TrainSettings
+from saetrain.stream import Batch, Stream
+
+RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
+_PACKAGES = ("actcache-saetrain", "torch", "numpy", "safetensors", "zarr", "hydra-core", "wandb")
+_FIXED = ("store_id", "token_stream_id", "snapshot", "hooks", "result_key")
+
+
+class BatchStream(Protocol):
+    """What the trainer needs of a stream; `saetrain.stream.Stream` is one."""
+
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def batches_per_epoch(self) -> int: ...
+    def space(self, hook: str) -> HookSpace: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def one_pass(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Training and held-out batches of the hooks that an SAE reads and reconstructs."""
+
+    train: BatchStream
+    held_out: BatchStream
+    hook_in: str
+    hook_out: str
+    start: dict[str, Any]  # state of `train` before its first batch
+    snapshot: Snapshot | None  # None: the batches do not come from a store
+
+    def spaces(self) -> dict[str, HookSpace]:
+        return {h: self.train.space(h) for h in dict.fromkeys((self.hook_in, self.hook_out))}
+
+    def ids(self) -> dict[str, Any]:
+        """Store, token stream, snapshot and activation ids; empty without a store."""
+        snap = self.snapshot
+        if snap is None:
+            return {}
+        return {
+            "store_id": snap.store_id,
+            "token_stream_id": snap.token_stream_id,
+            "snapshot": snap.name,
+            "activation_ids": {h: snap.hooks[h].activation_id for h in self.spaces()},
+        }
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}, but torch sees no CUDA device; use device=auto")
+    return device
+
+
+def open_snapshot(settings: TrainSettings) -> Snapshot:
+    """The store's snapshot to train on: the one named, or the newest."""
+    if settings.store is None:
+        raise ConfigError("missing: store. Give the path of a store made by actcache, store=PATH")
+    return open_store(settings.store).snapshot(settings.snapshot)
+
+
+def resolve(settings: TrainSettings, snapshot: Snapshot) -> TrainSettings:
+    """Settings with hooks by their stored names. HookMissingError lists the hooks there are."""
+    config = make_config(settings.sae, settings.saes_path)
+    sae = dict(settings.sae)
+    if config.hook_out is not None:
+        sae["hook_out"] = snapshot.resolve_hook(config.hook_out)
+    return replace(settings, hook=snapshot.resolve_hook(settings.hook), sae=sae)
+
+
+def open_source(settings: TrainSettings, snapshot: Snapshot, device: torch.device) -> Source:
+    """Streams over `snapshot` for resolved settings."""
+    hook_out = str(settings.sae.get("hook_out") or settings.hook)
+    hooks = tuple(dict.fromkeys((settings.hook, hook_out)))
+
+    def make(split: Any) -> BatchStream:
+        stream = Stream(
+            snapshot,
+            hooks,
+            batch_tokens=settings.batch_tokens,
+            seed=settings.seed,
+            split=split,
+            held_out_fraction=settings.held_out_fraction,
+            device=device,
+        )
+        return cast(BatchStream, stream)
+
+    train = make("train")
+    return Source(
+        train=train,
+        held_out=make("held_out"),
+        hook_in=settings.hook,
+        hook_out=hook_out,
+        start=train.state_dict(),
+        snapshot=snapshot,
+    )
+
+
+def sources(
+    settings: TrainSettings,
+    stream: BatchStream | None,
+    held_out: BatchStream | None,
+    device: torch.device,
+) -> tuple[TrainSettings, Source]:
+    """Resolved settings and what to read: the store, or the streams the caller brings."""
+    make_config(settings.sae, settings.saes_path)  # a misspelt sae key fails before any reading
+    if (stream is None) != (held_out is None):
+        raise ConfigError("train: give both stream and held_out, or neither")
+    if stream is None or held_out is None:
+        newest = open_snapshot(settings)
+        settings = resolve(settings, newest)
+        return settings, open_source(settings, _recorded_snapshot(settings, newest), device)
+    snapshot = stream.snapshot if isinstance(stream, Stream) else None
+    if snapshot is not None:
+        settings = resolve(settings, snapshot)
+    source = Source(
+        train=stream,
+        held_out=held_out,
+        hook_in=settings.hook,
+        hook_out=str(settings.sae.get("hook_out") or settings.hook),
+        start=stream.state_dict(),
+        snapshot=snapshot,
+    )
+    return settings, source
+
+
+def _recorded_snapshot(settings: TrainSettings, newest: Snapshot) -> Snapshot:
+    """The snapshot that an earlier start of this run used, if any; else `newest`."""
+    known = read_json(settings.run_dir / RUN)
+    if settings.fresh or settings.snapshot is not None or not known.get("snapshot"):
+        return newest
+    if known.get("store_id") != newest.store_id:
+        return newest  # `earlier` refuses, with both ids
+    return newest.store.snapshot(known["snapshot"])
+
+
+def earlier(run_dir: Path, record: Mapping[str, Any], *, fresh: bool) -> dict[str, Any]:
+    """The record of an earlier start of this run, {} if there is none or `fresh` drops it.
+
+    TrainingError if the folder holds other things, or a run on another store.
+    """
+    known = read_json(run_dir / RUN)
+    others = [p.name for p in run_dir.glob("*") if p.name != LOCK] if run_dir.is_dir() else []
+    if not known and others:
+        raise TrainingError(
+            f"{run_dir} is in the way: it has no {RUN}, but {', '.join(sorted(others)[:5])}"
+        )
+    if fresh:
+        return {}
+    wrong = [
+        f"{key}: {known.get(key)} then, {record.get(key)} now"
+        for key in _FIXED
+        if known and known.get(key) != record.get(key)
+    ]
+    if wrong:
+        raise TrainingError(
+            f"{run_dir} was trained on something else: {'; '.join(wrong)}. Give another sae_name "
+            "or runs_dir, or replace that run with fresh=true"
+        )
+    return known
+
+
+@contextmanager
+def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
+    """Hold the run folder for this process alone; `fresh` empties it first.
+
+    TrainingError if another process on this machine is training it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"another process is training {run_dir}") from None
+        for path in run_dir.iterdir() if fresh else ():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+
+
+def describe(settings: TrainSettings, source: Source) -> dict[str, Any]:
+    """The content of run.json that is known before training."""
+    return {
+        "sae_name": settings.sae_name,
+        "sae_series": settings.sae_series,
+        "architecture": settings.sae["name"],
+        "hooks": {"in": source.hook_in, "out": source.hook_out},
+        **source.ids(),
+        "seed": settings.seed,
+        "result_key": settings.result_key(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. TrainingError if it is malformed."""
+    if not path.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as e:
+        raise TrainingError(f"{path} is damaged: {e}. fresh=true trains again") from None
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` in one step. NaN and infinity are refused."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that saetrain runs from, `-dirty` if changed; None if installed."""
+    root = Path(saetrain.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git here, or a tree it will not read: the versions still say enough
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,207 @@
+"""Settings of one training run: the same dataclasses for Python and for the command.
+
+`TrainSettings.from_mapping` is the only way from YAML or JSON to settings; it is strict, so a
+misspelt key fails before anything is read. `result_key` is the part of the settings that decides
+the weights and the numbers: it names the run folder, and a rerun with the same key continues there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from actcache.store.errors import SettingsError
+from actcache.store.records import build
+from saetrain.errors import ConfigError
+
+# Where a run is kept, watched and paid for; none of it reaches the weights or the numbers.
+# The store's path may change too: what must not change is its store_id (checked on resume).
+NOT_RESULT = (
+    "store",
+    "runs_dir",
+    "wandb",
+    "log_every",
+    "checkpoint",
+    "device",
+    "fresh",
+    "progress",
+    "report",
+    "saes_path",
+)
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """Adam (arXiv 1412.6980). `lr=None` is 2e-4 / sqrt(F / 2^14), Gao et al. (2406.04093)."""
+
+    name: Literal["adam"] = "adam"
+    lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0  # of the whole gradient; None: no clipping
+    lr_factors: dict[str, float] = field(default_factory=dict)  # parameter name or glob -> factor
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"optim.betas: expected two numbers in [0, 1), got {self.betas}")
+        for name in ("lr", "eps", "clip_norm"):
+            _positive(f"optim.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """Linear warm-up from 0 and linear decay to 0; 5 % and 20 % of the steps by default."""
+
+    name: Literal["linear"] = "linear"
+    warmup_fraction: float | None = None  # of all steps
+    warmup_steps: int | None = None  # instead of the fraction
+    decay_fraction: float = 0.2  # of all steps, at the end
+
+    def __post_init__(self) -> None:
+        if self.warmup_fraction is not None and self.warmup_steps is not None:
+            raise ConfigError(
+                "schedule: give warmup_fraction or warmup_steps, not both, got "
+                f"warmup_fraction={self.warmup_fraction} and warmup_steps={self.warmup_steps}"
+            )
+        for name in ("warmup_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"schedule.{name}: expected 0 to 1, got {value}")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigError(f"schedule.warmup_steps: expected 0 or more, got {self.warmup_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Held-out evaluation: always at the end, and every so many steps when asked."""
+
+    tokens: int | None = 1_000_000  # at most so many held-out tokens; None: all
+    every_steps: int | None = None
+    bootstrap: int = 200  # resamples of contexts behind the standard error
+    pca_tokens: int = 200_000  # training rows that the PCA baseline is fitted on; 0: no baseline
+
+    def __post_init__(self) -> None:
+        _positive("eval.tokens", self.tokens)
+        _positive("eval.every_steps", self.every_steps)
+        for name in ("bootstrap", "pca_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"eval.{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When to write checkpoints and how many to keep. One is always written at the last step."""
+
+    every_steps: int | None = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint.every_steps", self.every_steps)
+        _positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Weights & Biases. `online` obeys WANDB_MODE where that is set."""
+
+    mode: Literal["disabled", "online", "offline"] = "disabled"
+    project: str = "saetrain"
+    entity: str | None = None
+    name: str | None = None  # None: the run folder's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Everything that one training run depends on."""
+
+    sae: dict[str, Any]  # name=..., and the fields of that architecture's config
+    store: str | None = None  # path of the store; None only where a stream is passed to `train`
+    snapshot: str | None = None  # None: the newest
+    hook: str = "resid.2"
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    batch_tokens: int = 4096
+    tokens: int | None = None  # training tokens in all; more than the split has means more epochs
+    epochs: int | None = None  # instead of tokens
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
+    device: str = "auto"
+    held_out_fraction: float = 0.05  # of the documents
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    runs_dir: str = "runs"
+    sae_name: str | None = None  # names the run folder and travels with the SAE
+    sae_series: str | None = None  # folder above it
+    saes_path: tuple[str, ...] = ()  # files or folders with architectures of your own
+    log_every: int = 50  # steps
+    progress: bool = True  # bar on stderr
+    report: bool = True  # write report.html at the end
+    fresh: bool = False  # start again even if the run folder has a checkpoint or is finished
+
+    def __post_init__(self) -> None:
+        if "name" not in self.sae:
+            raise ConfigError("missing: sae.name (which architecture; see python -m saetrain.saes)")
+        if (self.tokens is None) == (self.epochs is None):
+            raise ConfigError(
+                f"give exactly one of tokens and epochs, got tokens={self.tokens}, "
+                f"epochs={self.epochs}. Set the other to null"
+            )
+        for name in ("batch_tokens", "tokens", "epochs", "log_every"):
+            _positive(name, getattr(self, name))
+        if not 0 < self.held_out_fraction < 1:
+            raise ConfigError(
+                "held_out_fraction: expected between 0 and 1, both excluded, because every run is "
+                f"evaluated on held-out documents; got {self.held_out_fraction}"
+            )
+        for name in ("sae_name", "sae_series"):
+            value = getattr(self, name)
+            if value is not None and not _NAME.fullmatch(value):
+                raise ConfigError(
+                    f"{name}: expected a folder name of letters, digits and _ . = + -, "
+                    f"not starting with a dot, got {value!r}"
+                )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainSettings:
+        """Settings from nested plain mappings. Unknown keys and wrong types: ConfigError."""
+        try:
+            return build(cls, values)
+        except SettingsError as e:
+            raise ConfigError(str(e)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able mapping; `from_mapping` is its inverse."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def result_key(self) -> str:
+        """sha256 (hex) of the settings that decide the result. Paths and logging are left out."""
+        kept = {k: v for k, v in self.to_dict().items() if k not in NOT_RESULT}
+        canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def run_name(self) -> str:
+        """`{sae_name or architecture-hook}-{8 hex}`."""
+        name = self.sae_name or re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.sae['name']}-{self.hook}")
+        return f"{name}-{self.result_key()[:8]}"
+
+    @property
+    def run_dir(self) -> Path:
+        """`{runs_dir}/[{sae_series}/]{run_name}`."""
+        root = Path(self.runs_dir).expanduser()
+        return root.joinpath(*([self.sae_series] if self.sae_series else []), self.run_name)
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ConfigError(f"{name}: expected more than 0, got {value}")

@@ -1,0 +1,301 @@
+"""The training loop of one SAE, with a run folder around it that any kill leaves resumable.
+
+batch -> losses -> backward -> before_step -> clip -> step -> after_step -> note_firing. Numbers of
+a step stay on the device and are read together every `log_every` steps, so a GPU never waits for
+the log; the price is that a non-finite loss is noticed up to `log_every` steps late (the message
+names the step it happened at, and nothing is saved after it). On a CPU a run that was interrupted
+anywhere and continued gives the same weights and the same metric rows, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saetrain import checkpoint as ckpt
+from saetrain import runs
+from saetrain.errors import ConfigError, TrainingError
+from saetrain.evals import run as evals
+from saetrain.interrupt import Interrupted, stop_flag
+from saetrain.log import Logger, say
+from saetrain.optim import Optimizer, schedule_factor
+from saetrain.runs import BatchStream, Source
+from saetrain.saes import make_sae
+from saetrain.saes.base import Progress
+from saetrain.settings import TrainSettings
+from saetrain.stream import Batch
+from saetrain.window import Window, step_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run left behind."""
+
+    run_dir: Path
+    metrics: dict[str, Any]  # content of eval.json
+    trained_steps: int  # in this call; 0 if the run was already finished
+
+    def table(self) -> str:
+        """The table that every run ends with."""
+        return evals.final_table(self.run_dir, self.metrics)
+
+
+def train(
+    settings: TrainSettings,
+    *,
+    stream: BatchStream | None = None,
+    held_out: BatchStream | None = None,
+) -> TrainResult:
+    """Train, evaluate and save one SAE; continue where an earlier call with equal settings stopped.
+
+    `stream` and `held_out` replace the store's own batches (both or neither). A finished run
+    returns at once. Raises ConfigError for settings that cannot work, StoreError for an unusable
+    store, TrainingError for a run folder in the way or a non-finite loss, Interrupted on Ctrl-C.
+    """
+    device = runs.resolve_device(settings.device)
+    settings, source = runs.sources(settings, stream, held_out, device)
+    with _own_generator(settings.seed, device):
+        result = _train(settings, source, device)
+    print(result.table())
+    return result
+
+
+def _train(settings: TrainSettings, source: Source, device: torch.device) -> TrainResult:
+    run_dir, record = settings.run_dir, runs.describe(settings, source)
+    known = runs.earlier(run_dir, record, fresh=settings.fresh)
+    if known.get("status") == "finished":
+        say(f"{run_dir} is finished; fresh=true trains it again")
+        metrics = runs.read_json(run_dir / evals.EVAL)
+        return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=0)
+    trainer = Trainer(settings, source, device)  # bad settings fail before any file is written
+    record |= trainer.facts
+    with runs.claimed(run_dir, fresh=settings.fresh):
+        runs.write_json(run_dir / runs.CONFIG, settings.to_dict())
+        runs.write_json(run_dir / runs.RUN, record | {"status": "running"})
+        started = trainer.resume()
+        trainer.warn_if_none_can_die()
+        with trainer.logger() as logger:
+            trainer.fit(logger)
+            metrics = trainer.finish(record)
+            logger.final(evals.scalars(metrics))
+        runs.write_json(run_dir / runs.RUN, record | {"status": "finished"})
+        if settings.report:
+            from saetrain.dashboard.report import write_report
+
+            say(f"report: {write_report(run_dir, snapshot=source.snapshot)}")
+    return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=trainer.step - started)
+
+
+class Trainer:
+    """One SAE, its optimizer and its place in the stream."""
+
+    def __init__(self, settings: TrainSettings, source: Source, device: torch.device) -> None:
+        self.settings, self.source, self.device = settings, source, device
+        self.n_steps = _n_steps(settings, source.train)
+        self.sae = make_sae(settings.sae, source.spaces(), settings.saes_path).to(device)
+        self.optim = Optimizer(self.sae, settings.optim, self.sae.n_latents)
+        self.step = 0  # steps done
+        self.seconds = 0.0  # of training, over all starts
+        self.window = Window()
+        self._waited, self._row_time = 0.0, 0.0  # since the last row
+        self.facts = {
+            "n_steps": self.n_steps,
+            "lr": self.optim.lr,
+            "n_latents": self.sae.n_latents,
+            "d_in": self.sae.d_in,
+        }
+
+    def fit(self, logger: Logger) -> None:
+        """Train to the last step, logging, evaluating and writing checkpoints on the way."""
+        batches = iter(self.source.train)
+        start, before, self._waited = time.perf_counter(), self.seconds, 0.0
+        self._row_time = start
+        with stop_flag() as stop:
+            while self.step < self.n_steps:
+                self._train_step(self._next(batches))
+                self.seconds = before + time.perf_counter() - start
+                logger.advance()
+                self._after_step(logger)
+                if stop.is_set():
+                    raise self._interrupt()
+        logger.training_done()
+
+    def logger(self) -> Logger:
+        """The outputs of this run from the present step on."""
+        cfg = self.settings
+        return Logger(
+            cfg.run_dir,
+            cfg.wandb,
+            cfg.to_dict(),
+            start_step=self.step,
+            n_steps=self.n_steps,
+            batch_tokens=cfg.batch_tokens,
+            progress=cfg.progress,
+        )
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        asked = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - asked
+        if len(batch.segment) != self.settings.batch_tokens:
+            raise ConfigError(
+                f"the stream gives batches of {len(batch.segment)} tokens, the settings say "
+                f"batch_tokens={self.settings.batch_tokens}"
+            )
+        return batch
+
+    def _train_step(self, batch: Batch) -> None:
+        sae, optim = self.sae, self.optim
+        if self.step == 0:
+            with torch.no_grad():
+                sae.init_from_data(batch.acts)
+        tokens = (self.step + 1) * self.settings.batch_tokens
+        progress = Progress(step=self.step, n_steps=self.n_steps, tokens=tokens)
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            losses = sae.losses(batch.acts, progress)
+        total = losses.total
+        total.backward()  # type: ignore[no-untyped-call]
+        sae.before_step()
+        norm = optim.clip()
+        optim.step(schedule_factor(self.step, self.n_steps, self.settings.schedule))
+        sae.after_step()
+        sae.note_firing(losses.codes)
+        self.window.add(step_numbers(losses, total, norm))
+        self.step += 1
+
+    def _after_step(self, logger: Logger) -> None:
+        """Whatever is due now that `self.step` steps are done."""
+        cfg, last = self.settings, self.step == self.n_steps
+        if self.step % cfg.log_every == 0 or last:
+            logger.row(self._row())
+        if cfg.eval.every_steps and self.step % cfg.eval.every_steps == 0 and not last:
+            self._check_finite()
+            sae = self.sae.to_inference()
+            result = evals.evaluate_sae(sae, self.source, cfg.eval, progress=cfg.progress)
+            logger.row({"step": self.step, **evals.scalars(result)})
+        if last or (cfg.checkpoint.every_steps and self.step % cfg.checkpoint.every_steps == 0):
+            self.save()
+
+    def _row(self) -> dict[str, Any]:
+        """Means over the steps since the last row; fve = 1 - fvu, by the store's variance.
+
+        The timings count from the start of this process where that is later than the last row.
+        """
+        self._check_finite()
+        batch_tokens = self.settings.batch_tokens
+        done, means = len(self.window), self.window.take(self.step)
+        now = time.perf_counter()
+        seconds = now - self._row_time
+        factor = schedule_factor(self.step - 1, self.n_steps, self.settings.schedule)
+        row: dict[str, Any] = {"step": self.step, "tokens": self.step * batch_tokens, **means}
+        if "fvu" in row:
+            row["fve"] = 1.0 - row["fvu"]
+        row |= {"dead": float(self.sae.dead.float().mean()), "lr": self.optim.lr * factor}
+        row |= {"tokens_per_s": done * batch_tokens / seconds, "data_wait": self._waited / seconds}
+        self._waited, self._row_time = 0.0, now
+        return row | {"seconds": self.seconds}
+
+    def _check_finite(self) -> None:
+        """TrainingError, with the remedy, if a number or a weight is not finite."""
+        try:
+            self.window.check(self.step)
+            broken = [n for n, p in self.sae.named_parameters() if not p.isfinite().all()]
+            if broken:
+                raise TrainingError(
+                    f"training diverged by step {self.step}: not finite: {', '.join(broken)}"
+                )
+        except TrainingError as e:
+            raise TrainingError(
+                f"{e}. Lower optim.lr (it is {self.optim.lr:.3g}) or optim.clip_norm; what was "
+                f"saved in {self.settings.run_dir} is from before"
+            ) from None
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step."""
+        self._check_finite()
+        state = ckpt.Checkpoint(
+            step=self.step,
+            sae=self.sae.state_dict(),
+            optim=self.optim.tensors(),
+            trainer=ckpt.rng_tensors(self.device) | self.window.tensors(),
+            stream=self.source.train.state_dict(),
+            facts={"names": self.window.names, "seconds": self.seconds},
+        )
+        return ckpt.save(
+            self.settings.run_dir / "checkpoints", state, self.settings.checkpoint.keep
+        )
+
+    def resume(self) -> int:
+        """Continue from the newest whole checkpoint, if any; the number of steps done by then."""
+        run_dir = self.settings.run_dir
+        saved = ckpt.newest(run_dir / "checkpoints", say)
+        if saved is None:
+            return 0
+        self.sae.load_state_dict(saved.sae)
+        self.optim.load_tensors(saved.optim)
+        self.source.train.load_state_dict(saved.stream)
+        ckpt.load_rng(saved.trainer, self.device)
+        self.window.load(saved.facts["names"], saved.trainer, self.device)
+        self.step, self.seconds = saved.step, saved.facts["seconds"]
+        say(f"continuing {run_dir} at step {self.step:,} of {self.n_steps:,}")
+        return self.step
+
+    def warn_if_none_can_die(self) -> None:
+        """Say so if training ends before any latent can be silent for long enough."""
+        limit, total = self.sae.cfg.dead_after_tokens, self.n_steps * self.settings.batch_tokens
+        if limit >= total:
+            say(
+                f"sae.dead_after_tokens={limit:,} has no effect in a run of {total:,} tokens: no "
+                "latent will count as dead during training"
+            )
+
+    def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Save the inference SAE, evaluate it on held-out documents, write eval.json."""
+        run_dir, sae = self.settings.run_dir, self.sae.to_inference()
+        sae.save(run_dir / evals.SAE_FOLDER, source=record)
+        metrics = evals.evaluate_with_baseline(
+            sae, self.source, self.settings.eval, progress=self.settings.progress
+        )
+        metrics["train_tokens"] = self.step * self.settings.batch_tokens
+        metrics |= {"steps": self.step, "seconds": self.seconds}
+        runs.write_json(run_dir / evals.EVAL, metrics)
+        return metrics
+
+    def _interrupt(self) -> Interrupted:
+        folder = self.save()
+        return Interrupted(
+            f"stopped at step {self.step:,} of {self.n_steps:,}, saved {folder}. "
+            "Run the same command again to continue"
+        )
+
+
+def _n_steps(settings: TrainSettings, stream: BatchStream) -> int:
+    """Whole batches only: tokens // batch_tokens, or epochs * batches of an epoch."""
+    if stream.batches_per_epoch == 0:
+        raise ConfigError(
+            f"batch_tokens={settings.batch_tokens:,} is more than the training split has; lower "
+            "batch_tokens or cache more tokens"
+        )
+    if settings.epochs is not None:
+        return settings.epochs * stream.batches_per_epoch
+    assert settings.tokens is not None  # TrainSettings
+    if settings.tokens < settings.batch_tokens:
+        raise ConfigError(
+            f"tokens={settings.tokens:,} is less than one batch of {settings.batch_tokens:,}"
+        )
+    return settings.tokens // settings.batch_tokens
+
+
+@contextmanager
+def _own_generator(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch for this run and give the caller's generators back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
