@@ -224,9 +224,9 @@ def load_sae(
     folder = Path(folder)
     raw = _read_json_bytes(folder / JSON_FILE)
     description = _parse(raw, folder / JSON_FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE, description, _digest(raw), str(device))
+    tensors = _read_tensors(folder / WEIGHTS_FILE, description, _digest(raw))
     return InferenceSAE(
-        **{n: t if dtype is None else t.to(dtype) for n, t in tensors.items()},
+        **{n: t.to(device, dtype or t.dtype) for n, t in tensors.items()},
         activation=description.activation,
         k=description.k,
         hooks_in=description.hooks_in,
@@ -265,12 +265,12 @@ def _parse(raw: bytes, path: Path) -> Description:
     return description
 
 
-def _read_tensors(path: Path, want: Description, digest: str, device: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, want: Description, digest: str) -> dict[str, Tensor]:
     """Tensors of `path`, after their names, shapes, types and digest have been checked."""
     if not path.is_file():
         raise ArtefactError(f"{path.parent} is incomplete: {path.name} is missing")
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             _check_shapes({n: tuple(s.get_shape()) for n, s in slices.items()}, want, str(path))
             for name, one in slices.items():
