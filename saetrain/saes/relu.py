@@ -41,9 +41,9 @@ FREE_NORM = 0.1  # length of decoder rows at the start when they are free to gro
 
 @dataclass(frozen=True, kw_only=True)
 class ReLUConfig(SAEConfig):
-    # λ, for reconstruction=fvu and scale=sqrt_d. Measured on the residual stream of a small GPT-NeoX:
-    # 0.02 gave L0 51 at d=256 (FVU 0.20, 500 steps), L0 37 at d=64 (FVU 0.11, 1500 steps); twice that
-    # gave about 2/3 of the L0 and twice the FVU.
+    # λ, for reconstruction=fvu and scale=sqrt_d. Measured on a small GPT-NeoX's residual stream:
+    # 0.02 gave L0 51 at d=256 (FVU 0.20, 500 steps) and L0 37 at d=64 (FVU 0.11, 1500 steps);
+    # twice that gave about 2/3 of the L0 and twice the FVU.
     l1_coefficient: float = 0.02
     l1_warmup_fraction: float = 0.05  # of training, in which λ grows linearly from 0
     decoder_norm_weighted: bool = True  # penalise f_i ||w_i||; false: f_i, with ||w_i|| = 1
