@@ -79,18 +79,15 @@ def _block_point(name: str, kind: str, layer: int, model: nn.Module) -> HookPoin
     path, blocks = block_list(model)
     if layer >= len(blocks):
         raise HookError(f"hook {name!r}: the host has {len(blocks)} blocks, 0 to {len(blocks) - 1}")
-    block = f"{path}.{layer}"
-    if kind in ("resid", "resid_pre"):
-        return HookPoint(name=name, module=block, io="out" if kind == "resid" else "in")
-    wanted = _ATTENTION if kind == "attn" else _MLP
-    children = dict(blocks[layer].named_children())
-    child = next((c for c in wanted if c in children), None)
-    if child is None:
+    point = next((p for p in _aliases(model) if p.name == name), None)
+    if point is None:
+        wanted = _ATTENTION if kind == "attn" else _MLP
         raise HookError(
-            f"hook {name!r}: {block} has no child called {' or '.join(wanted)}; it has "
-            f"{', '.join(children)}. Name the module itself, such as hooks=[{block}.NAME]"
+            f"hook {name!r}: {path}.{layer} has no child called {' or '.join(wanted)}; it has "
+            f"{', '.join(dict(blocks[layer].named_children()))}. Name the module itself, such as "
+            f"hooks=[{path}.{layer}.NAME]"
         )
-    return HookPoint(name=name, module=f"{block}.{child}", io="out")
+    return point
 
 
 def _module_point(name: str, short: str, model: nn.Module) -> HookPoint:
@@ -108,13 +105,33 @@ def _module_point(name: str, short: str, model: nn.Module) -> HookPoint:
     if item is not None and str(item).isdigit():
         item = int(item)
     io: Literal["in", "out"] = "in" if match["io"] == "in" else "out"
+    if item is None:
+        known = {(p.module, p.io): p for p in _aliases(model)}
+        if (path, io) in known:
+            return known[path, io]  # one tensor, one name
     side = "" if io == "out" and item is None else f":{io}" + ("" if item is None else f".{item}")
     return HookPoint(name=f"{path}{side}", module=path, io=io, index=item)
 
 
+def _aliases(model: nn.Module) -> Iterator[HookPoint]:
+    """Every point of the host that has a short name."""
+    try:
+        path, blocks = block_list(model)
+    except HookError:
+        return
+    yield HookPoint(name="embed", module=_embedding_path(model), io="out")
+    for layer, block in enumerate(blocks):
+        yield HookPoint(name=f"resid.{layer}", module=f"{path}.{layer}", io="out")
+        yield HookPoint(name=f"resid_pre.{layer}", module=f"{path}.{layer}", io="in")
+        for kind, wanted in (("attn", _ATTENTION), ("mlp", _MLP)):
+            child = next((c for c in wanted if c in dict(block.named_children())), None)
+            if child is not None:
+                yield HookPoint(name=f"{kind}.{layer}", module=f"{path}.{layer}.{child}", io="out")
+
+
 def _nearest(name: str, modules: Iterable[str]) -> str:
     aliases = [f"{kind}.{n}" for kind in KINDS for n in range(4)]
-    return did_you_mean(name, [*aliases, "embed", *(m for m in modules if m)], n=5)
+    return did_you_mean(name, [*(m for m in modules if m), *aliases, "embed"], n=5)
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -27,7 +27,7 @@ from actcache.hooks import HookPoint, resolve
 from actcache.host import Host, HostSettings
 from actcache.segments import SegmentBuilder
 from actcache.sources import DataSettings, Source, Unit, open_source
-from actcache.store import HookInfo, Identity, Layout, Store, open_store
+from actcache.store import HookInfo, Identity, Layout, SettingsError, Store, open_store
 from actcache.store.ids import bytes_digest, digest, store_digest
 from actcache.store.layout import DTYPES, VOCAB_JSON, Order, chunk_rows, segment_id
 from actcache.store.vocab import encode_vocab
@@ -60,6 +60,12 @@ class CacheSettings:
     layout: LayoutSettings = field(default_factory=LayoutSettings)
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.store:
+            raise SettingsError("store is empty: name a folder, such as store=stores/demo")
+        if self.tokens is not None and self.tokens < 1:
+            raise SettingsError(f"tokens: expected at least 1, got {self.tokens}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheResult:
@@ -80,8 +86,6 @@ def run(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) ->
     committed is frozen in a snapshot and `interrupted` is set.
     """
     started = time.perf_counter()
-    if settings.tokens is not None and settings.tokens < 1:
-        raise DataError(f"tokens: expected at least 1, got {settings.tokens}")
     settings = _resolved(settings, say)
     source = open_source(settings.data)
     host = Host(settings.host)

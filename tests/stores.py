@@ -6,16 +6,11 @@ import ml_dtypes
 import numpy as np
 
 from actcache.store import HookInfo, Identity, Layout, TokenTable, open_store
-from actcache.store.ids import bytes_digest, canonical_json, digest, store_digest
+from actcache.store.ids import bytes_digest, digest, store_digest
 from actcache.store.layout import FLAG_DOC_START, FLAG_SPECIAL, VOCAB_JSON
 from actcache.store.split import doc_key
+from actcache.store.vocab import encode_vocab
 from actcache.store.writer import StoreWriter
-
-
-def vocab_file(words: list[bytes]) -> bytes:
-    import base64
-
-    return canonical_json({"tokens": [base64.b64encode(w).decode() for w in words]})
 
 
 def identity(layout: Layout, vocab: bytes, **host) -> Identity:
@@ -67,7 +62,7 @@ def make_store(
     hooks = hooks or {"resid.2": 16}
     rng = np.random.default_rng(seed)
     words = [b"<eos>", *(f" w{i}".encode() for i in range(1, 50))]
-    vocab = vocab_file(words)
+    vocab = encode_vocab(words)
     layout = Layout(
         context=context, segment_rows=max(segments), chunk_bytes=chunk_bytes, order=order
     )

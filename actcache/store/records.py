@@ -49,7 +49,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def did_you_mean(name: str, known: typing.Iterable[str], n: int = 3) -> str:
     """'' or ' Did you mean a, b?' with the names nearest to `name`."""
-    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    spelled = {k.casefold(): k for k in known}
+    found = difflib.get_close_matches(name.casefold(), spelled, n=n, cutoff=0.5)
+    near = [spelled[f] for f in found]
     return f" Did you mean {', '.join(near)}?" if near else ""
 
 

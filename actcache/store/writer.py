@@ -29,7 +29,7 @@ from actcache.store.errors import (
     StoreError,
 )
 from actcache.store.ids import bytes_digest, diff, file_digest
-from actcache.store.publish import publish
+from actcache.store.publish import PARTIAL, publish
 from actcache.store.reader import read_record
 from actcache.store.schema import (
     Commit,
@@ -57,6 +57,7 @@ class StoreWriter:
         self.path = path.expanduser()
         self._lock = _lock(self.path)
         try:
+            self._clear_partials()
             self.identity = self._open(identity, files)
             self.commits = self._read_commits()
         except BaseException:
@@ -88,8 +89,9 @@ class StoreWriter:
     def _open(self, identity: Identity, files: Mapping[str, bytes]) -> Identity:
         file = self.path / layout.STORE_JSON
         if not file.exists():
-            strangers = [p.name for p in self.path.iterdir() if p.name != layout.LOCK]
-            if set(strangers) - {layout.VOCAB_JSON}:
+            ours = {layout.LOCK, layout.VOCAB_JSON}
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
+            if strangers:
                 raise StoreError(
                     f"{self.path} is not empty and is not a store; it holds {strangers[0]!r}. "
                     "Choose another folder with store=PATH"
@@ -190,6 +192,12 @@ class StoreWriter:
             publish(self.path / key, data)
             objects.append(StoredObject(key=key, bytes=len(data), sha256=bytes_digest(data)))
         return objects
+
+    def _clear_partials(self) -> None:
+        """Remove temporary files that a writer was killed over, outside of segments."""
+        for folder in (self.path, self.path / layout.COMMITS, self.path / layout.SNAPSHOTS):
+            for file in folder.glob(f".*{PARTIAL}"):
+                file.unlink()
 
     def _clear_uncommitted(self, segment: str, hooks: Sequence[HookInfo]) -> None:
         """Remove what a writer that died left behind: no commit names it."""

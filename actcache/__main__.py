@@ -1,0 +1,5 @@
+"""`python -m actcache` is the command `actcache`."""
+
+from actcache.cli import main
+
+main()
