@@ -82,4 +82,8 @@ def _import_file(path: Path) -> None:
         raise ConfigError(f"saes_path: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # a file that failed must fail again, not be taken for loaded
+        raise
