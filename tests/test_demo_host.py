@@ -201,6 +201,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo_paths().host == tmp_path / ".cache" / "actcache" / "demo" / "host"
 
 
+@pytest.mark.timeout(90)
 def test_second_process_waits_and_rebuilds_nothing(tmp_path: Path) -> None:
     paths = demo_paths(tmp_path)
     write_corpus(paths.corpus)
@@ -208,16 +209,20 @@ def test_second_process_waits_and_rebuilds_nothing(tmp_path: Path) -> None:
         "import sys, pathlib; from actcache.demo import ensure_demo\n"
         "ensure_demo(pathlib.Path(sys.argv[1]))\n"
     )
+    command = [sys.executable, "-c", code, str(tmp_path)]
     with (paths.corpus.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
             assert other.stdout is not None
             assert "another process is building" in other.stdout.readline()
             report = build_host(paths.host, paths.corpus, QUICK, progress=False)
             written = (paths.host / "report.json").stat().st_mtime_ns
             fcntl.flock(lock, fcntl.LOCK_UN)
             assert other.wait(timeout=60) == 0
+        finally:
+            other.kill()
+            other.communicate()
     assert (paths.host / "report.json").stat().st_mtime_ns == written
     assert load_report(paths.host) == report
 
