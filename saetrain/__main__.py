@@ -1,0 +1,5 @@
+"""`python -m saetrain` is the command `saetrain`."""
+
+from saetrain.cli import main
+
+main()
