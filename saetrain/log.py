@@ -97,8 +97,8 @@ class Logger:
         batch_tokens: int,
         progress: bool = True,
     ) -> None:
-        self._jsonl = JsonlLog(run_dir / METRICS, start_step)
         self._wandb = open_wandb(wandb, config, run_dir)
+        self._jsonl = JsonlLog(run_dir / METRICS, start_step)
         self._batch_tokens, self._n_steps = batch_tokens, n_steps
         self._bar = tqdm(
             total=n_steps * batch_tokens,

@@ -110,7 +110,7 @@ class Firing:
         self.n += len(values)
         self.counts_F += firing_counts(codes)
         self.l0_hist += torch.bincount(l0(codes).flatten(), minlength=len(self.l0_hist))
-        self.l1 += values.to(torch.float64).abs().sum()
+        self.l1 += values.abs().sum(dtype=torch.float64)
 
     def merge(self, other: Firing) -> None:
         """Add what `other` saw."""

@@ -1,8 +1,8 @@
 """Adam with named parameter groups, and the learning rate as a closed form of the step.
 
-The rate is computed, never accumulated, so a resumed run needs no scheduler state. On a CPU the
-plain single-tensor Adam is used: the same bits whatever the number of parameters in a group; on
-CUDA the fused one. Cost: two moments per parameter.
+The rate is computed, never accumulated, so a resumed run needs no scheduler state. Adam is the
+fused one: a single elementwise pass over each tensor, so its bits do not depend on the number of
+threads or on the grouping. Cost: two moments per parameter.
 
 Schedule, for step t = 0 .. T-1, W warm-up and C decay steps:
 lr(t) = lr * min(1, (t + 1) / W) * min(1, (T - t) / C).
@@ -47,14 +47,12 @@ class Optimizer:
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         groups = _groups(self.named, settings.lr_factors)
         self.factors = [factor for _, factor, _ in groups]
-        on_cuda = next(iter(self.named.values())).is_cuda
         self.adam = torch.optim.Adam(
             [{"params": [self.named[n] for n in names]} for _, _, names in groups],
             lr=self.lr,
             betas=settings.betas,
             eps=settings.eps,
-            foreach=False,
-            fused=on_cuda,
+            fused=True,
         )
         self.groups = {label: tuple(names) for label, _, names in groups}
 
@@ -97,9 +95,7 @@ def _of(tensors: Mapping[str, Tensor], name: str, p: Tensor) -> Iterator[tuple[s
     for full, value in tensors.items():
         owner, key = full.rsplit("/", 1)
         if owner == name:
-            # Adam keeps its step count on the host unless it is fused.
-            host = key == "step" and not p.is_cuda
-            yield key, value.clone() if host else value.to(p.device, copy=True)
+            yield key, value.to(p.device, copy=True)
 
 
 def _groups(

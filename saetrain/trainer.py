@@ -72,6 +72,8 @@ def _train(settings: TrainSettings, source: Source, device: torch.device) -> Tra
     if known.get("status") == "finished":
         say(f"{run_dir} is finished; fresh=true trains it again")
         metrics = runs.read_json(run_dir / evals.EVAL)
+        if settings.report and not (run_dir / "report.html").exists():
+            evals.report(run_dir, source.snapshot, progress=settings.progress)
         return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=0)
     trainer = Trainer(settings, source, device)  # bad settings fail before any file is written
     record |= trainer.facts
@@ -86,9 +88,7 @@ def _train(settings: TrainSettings, source: Source, device: torch.device) -> Tra
             logger.final(evals.scalars(metrics))
         runs.write_json(run_dir / runs.RUN, record | {"status": "finished"})
         if settings.report:
-            from saetrain.dashboard.report import write_report
-
-            say(f"report: {write_report(run_dir, snapshot=source.snapshot)}")
+            evals.report(run_dir, source.snapshot, progress=settings.progress)
     return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=trainer.step - started)
 
 

@@ -11,10 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from actcache.store import Snapshot
 from saetrain.artefact import InferenceSAE, load_sae
 from saetrain.errors import TrainingError
 from saetrain.evals import pca, reconstruction
-from saetrain.log import table, watched
+from saetrain.log import say, table, watched
 from saetrain.runs import (
     CONFIG,
     RUN,
@@ -75,7 +76,7 @@ def _held_out(source: Source, settings: EvalSettings, what: str, progress: bool)
 
 
 def evaluate_run(run_dir: str | Path, store: str | None = None) -> dict[str, Any]:
-    """Evaluate a finished run again on its own store and snapshot, and rewrite eval.json.
+    """Evaluate a finished run again on its own store and snapshot; rewrite eval.json and report.
 
     `store` says where the store is now, if it has moved. TrainingError if it is another store.
     """
@@ -100,7 +101,16 @@ def evaluate_run(run_dir: str | Path, store: str | None = None) -> dict[str, Any
     old = read_json(run_dir / EVAL)
     kept = {k: old[k] for k in ("train_tokens", "seconds", "steps") if k in old}
     write_json(run_dir / EVAL, result | kept)
+    if settings.report:
+        report(run_dir, source.snapshot, progress=True)
     return result | kept
+
+
+def report(run_dir: Path, snapshot: Snapshot | None, *, progress: bool) -> None:
+    """Write report.html and say where it is."""
+    from saetrain.dashboard.report import write_report  # it reads runs, so not at the top
+
+    say(f"report: {write_report(run_dir, snapshot=snapshot, progress=progress)}")
 
 
 def summary(run_dir: Path, result: Mapping[str, Any]) -> dict[str, object]:
