@@ -366,7 +366,6 @@ def test_any_stream_with_the_interface_will_do(tmp_path: Path) -> None:
 
 
 def test_the_report_is_written_for_the_run(store: Path, tmp_path: Path) -> None:
-    pytest.importorskip("saetrain.dashboard.report")
     cfg = settings(store, tmp_path, report=True)
     page = train(cfg).run_dir / "report.html"
     assert page.stat().st_size > 1000
