@@ -146,6 +146,9 @@ def test_max_rows_takes_whole_contexts_from_the_start(snapshot) -> None:
     assert table.n_contexts == len(sizes)
     inside = [r["codes"] for r in rows if (r["segment"], r["ctx"]) in sizes]
     np.testing.assert_array_equal(table.fires_F, (np.stack(inside) > 0).sum(0))
+    for limit, n in ((taken, taken), (taken + 1, taken + 31)):  # a context has 30 or 31 of 32
+        more = collect(sae("topk"), snapshot, HOOK, split="all", max_rows=limit)
+        assert n - 1 <= more.n_tokens <= n
 
 
 def feed(state: FeatureState, snapshot: Snapshot, segments: list[int], seed: int) -> FeatureState:
@@ -165,6 +168,8 @@ def test_states_of_segments_merge_to_the_state_of_all(snapshot) -> None:
     merged, *others = [feed(FeatureState(F, 6), snapshot, s, seed=1) for s in ([2], [0], [1])]
     for other in others:
         merged.merge(other)
+    backwards = feed(FeatureState(F, 6), snapshot, [2, 1, 0], seed=3)  # ties arrive last first
+    np.testing.assert_array_equal(whole.best().place, backwards.best().place)
     for name in ("fires_F", "contexts_F", "sum_F", "max_F"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(merged, name))
     for name in ("feature", "place", "key"):

@@ -246,7 +246,9 @@ def _facts(
         "Snapshot": run.get("snapshot"),
         "Training tokens": _int(scores.get("train_tokens")),
         "Steps": _int(scores.get("steps") or run.get("n_steps")),
-        "Training time": f"{scores['seconds']:,.0f} s" if scores.get("seconds") else None,
+        "Training time": f"{_num(round(scores['seconds'], 1))} s"
+        if scores.get("seconds")
+        else None,
         "Seed": run.get("seed", config.get("seed")),
         "Versions": ", ".join(f"{n} {versions[n]}" for n in named if versions.get(n)),
         "Git commit": _commit(run.get("git_commit") or ""),

@@ -133,14 +133,15 @@ function histogram(d) {
       width: Math.max(1, x(d.edges[i + 1]) - x(d.edges[i]) - 1.5), height: Math.max(1, box.b - y(c)),
       "data-tip": `${count(c, "latent")} with density ${(10 ** d.edges[i]).toPrecision(2)} to ${(10 ** d.edges[i + 1]).toPrecision(2)}` })));
     const zw = gap * 0.45, zx = box.l + gap * 0.18;
-    svg.append(el("rect", { class: "bar zero", x: zx, y: y(d.zero), width: zw, height: Math.max(1, box.b - y(d.zero)),
+    svg.append(el("rect", { class: "bar zero", x: zx, y: y(d.zero), width: zw, height: box.b - y(d.zero),
       "data-tip": `${count(d.zero, "latent")} fired on none of ${n}` }),
       el("text", { x: zx + zw / 2, y: box.b + 18 + box.drop, "text-anchor": "middle" }, "0"),
       el("text", { x: zx + zw / 2, y: y(d.zero) - 5, "text-anchor": "middle" }, si(d.zero)));
     for (const v of shown) svg.append(el("path", { class: "shown", d: `M${x(v)},${box.b + 5}l3.5,8h-7z` }));
   }
-  const text = `Counted on ${n}. The bar at 0 stands apart: ${count(d.zero, "latent")} never fired there`
-    + (d.n ? `, so each has a density below ${num(3 / d.n)} (3/n, 95 % confidence). ` : ". ")
+  const text = `Counted on ${n}. ` + (d.zero === 0 ? "Every latent fired at least once. "
+    : `The bar at 0 stands apart: ${count(d.zero, "latent")} never fired there`
+      + (d.n ? `, so each has a density below ${num(3 / d.n)} (3/n, 95 % confidence). ` : ". "))
     + (shown.length ? "Triangles: the features shown below." : "");
   return [el("div", { class: "chart" }, svg, el("p", { class: "note" }, text)), draw];
 }
