@@ -219,8 +219,9 @@ def save_host(model: nn.Module, tokenizer: Any, folder: Path, **special_tokens: 
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)  # type: ignore[no-untyped-call]
-    wrapped.save_pretrained(folder)
-    model.save_pretrained(folder)  # type: ignore[operator]
+    with _quiet():
+        wrapped.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
 
 
 def _module(model: Any) -> nn.Module:
@@ -263,7 +264,7 @@ def _explained(settings: HostSettings) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No report of weights left out: truncation and the dropped LM head are on purpose."""
+    """No bars, and no report of weights left out: truncation and the dropped head are meant."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -6,6 +6,8 @@ Shapes of the tiny host: 3 layers, d = 32, 4 heads, contexts up to 128, about 40
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 # Before torch, transformers and wandb are imported, here and in the subprocesses of tests.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,9 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cache import SMALL
 
 from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
-from actcache.host import new_causal_lm, save_host
+from actcache.host import HostSettings, new_causal_lm, save_host
+from actcache.run import CacheSettings
+from actcache.sources import DataSettings
 
 torch.set_num_threads(1)
 
@@ -82,3 +87,22 @@ def tiny_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     save_host(new_causal_lm(config, seed=0), tokenizer, folder, **special)
     return folder
+
+
+@pytest.fixture
+def asked(tiny_host: Path, tiny_parquet: Path, tmp_path: Path) -> Callable[..., CacheSettings]:
+    """Settings for a small store; keyword arguments replace fields."""
+
+    def make(**kw: Any) -> CacheSettings:
+        defaults: dict[str, Any] = {
+            "host": HostSettings(model=str(tiny_host), batch_tokens=128),
+            "data": DataSettings(files=str(tiny_parquet), id_column="id"),
+            "store": str(tmp_path / "store"),
+            "hooks": ("resid.1", "mlp.0"),
+            "context": 32,
+            "layout": SMALL,
+            "progress": False,
+        }
+        return CacheSettings(**(defaults | kw))
+
+    return make

@@ -17,6 +17,9 @@ from saetrain.codes import (
     select_topk,
     topk_codes,
 )
+from saetrain.losses import auxk
+from saetrain.saes import make_sae
+from saetrain.saes.base import HookSpace, Progress
 
 
 def some_codes(lead: tuple[int, ...] = (5,), k: int = 3, n_latents: int = 11) -> SparseCodes:
@@ -123,3 +126,28 @@ def test_input_bias_carries_the_gradient_of_the_decoder_bias() -> None:
     h_fast.relu().square().sum().backward()
     h_slow.relu().square().sum().backward()
     torch.testing.assert_close(fast.grad, slow.grad)
+
+
+@pytest.mark.parametrize("n_dead", [1, 5, 8])
+def test_few_dead_latents_take_a_shorter_way_to_the_same_auxk(n_dead):  # F53
+    """Up to aux_k dead latents are all chosen directly; losses and gradients are those of the
+    search over every latent."""
+    torch.manual_seed(n_dead)
+    space = HookSpace(name="h", d=16, mean=torch.zeros(16), mean_norm=4.0, variance=16.0)
+    values = {"name": "topk", "n_latents": 64, "k": 4, "aux_k": 8, "dead_after_tokens": 10}
+    sae = make_sae(values, {"h": space})
+    sae.tokens_since_fired[torch.randperm(64)[:n_dead]] = 99
+    x = torch.randn(32, 16)
+    losses = sae.losses({"h": x}, Progress(step=5, n_steps=10, tokens=160))
+    losses.total.backward()
+    short = {n: p.grad.clone() for n, p in sae.named_parameters()}
+    sae.zero_grad()
+    x_in = sae.standardise(x) - sae.b_dec.detach()
+    bias = input_bias(sae.b_enc, sae.b_dec, sae.W_enc)
+    codes, aux = select_topk(x_in, sae.W_enc, bias, 4, sae.dead, 8)
+    error = sae.standardise(x) - (decode_codes(codes, sae.W_dec) + sae.b_dec)
+    long = sae.cfg.auxk_alpha * auxk(error, aux, sae.W_dec, sae.dead)
+    torch.testing.assert_close(losses.terms["auxk"], long)
+    (long + error.square().sum(1).mean() / sae.in_variance).backward()
+    for name, parameter in sae.named_parameters():
+        torch.testing.assert_close(short[name], parameter.grad, rtol=1e-4, atol=1e-6)

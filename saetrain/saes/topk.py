@@ -95,15 +95,7 @@ class TopK(SAE):
     def losses(self, acts: Mapping[str, Tensor], progress: Progress) -> Losses:
         """`reconstruction` and, unless it is off, `auxk`; extras: `fvu`."""
         x_BD = self.standardise(acts[self.hooks_in[0]])
-        dead_F = self._aux_candidates()
-        codes, aux = select_topk(
-            x_BD - self.b_dec.detach(),
-            self.W_enc,
-            input_bias(self.b_enc, self.b_dec, self.W_enc),
-            self.cfg.k,
-            dead_F,
-            self.aux_k,
-        )
+        codes, aux, dead_F = self._select(x_BD - self.b_dec.detach())
         e_BD = x_BD - (decode_codes(codes, self.W_dec) + self.b_dec)
         kind, variance = self.cfg.reconstruction, self.in_variance
         terms = {"reconstruction": reconstruction(e_BD, kind, variance, self.d_in)}
@@ -112,6 +104,18 @@ class TopK(SAE):
         elif self.aux_k:
             terms["auxk"] = e_BD.new_zeros(())
         return Losses(terms, codes, {"fvu": reconstruction(e_BD.detach(), "fvu", variance, 0)})
+
+    def _select(self, x_BD: Tensor) -> tuple[SparseCodes, SparseCodes | None, Tensor | None]:
+        """Codes, AuxK codes, and the mask of dead latents that they were chosen from."""
+        bias_F = input_bias(self.b_enc, self.b_dec, self.W_enc)
+        dead_F = self._aux_candidates()
+        if dead_F is None or dead_F.device.type != "cpu" or int(dead_F.sum()) > self.aux_k:
+            return *select_topk(x_BD, self.W_enc, bias_F, self.cfg.k, dead_F, self.aux_k), dead_F
+        # All dead latents are chosen: no second search over all of them (a GPU would wait here).
+        dead = dead_F.nonzero().squeeze(1)
+        values = (x_BD @ self.W_enc[:, dead] + bias_F[dead]).relu()
+        aux = SparseCodes(values, dead.expand(len(x_BD), -1), self.n_latents)
+        return select_topk(x_BD, self.W_enc, bias_F, self.cfg.k)[0], aux, dead_F
 
     def _aux_candidates(self) -> Tensor | None:
         """Mask of dead latents, or None where AuxK is off or known to be 0 without asking a GPU."""

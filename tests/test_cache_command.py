@@ -1,0 +1,104 @@
+"""The command actcache, as typed: run, info, verify, wrong words, Ctrl-C."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cache import command, overrides
+
+from actcache.store import (
+    open_store,
+)
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_command_run_info_verify(asked):
+    settings = asked(tokens=200)
+    done = subprocess.run(command(settings, "tokens=200"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "text column: text (found by name)" in done.stdout
+    info = subprocess.run(
+        [sys.executable, "-m", "actcache", "info", settings.store, "--json"],
+        capture_output=True,
+        text=True,
+    )
+    facts = json.loads(info.stdout)
+    snapshot = open_store(settings.store).snapshot()
+    assert facts["tokens"] == snapshot.n_rows
+    assert set(facts["hooks"]) == {"resid.1", "mlp.0"}
+    files = [p for p in (snapshot.store.path / "segments").rglob("*") if p.is_file()]
+    assert facts["bytes"] == sum(p.stat().st_size for p in files)
+    shards = [p for p in files if "acts/resid.1/c" in str(p)]
+    meta = [p for p in files if str(p).endswith("acts/resid.1/zarr.json")]
+    sizes = sum(p.stat().st_size for p in shards + meta)
+    assert facts["hooks"]["resid.1"]["bytes"] == sizes
+    plain = subprocess.run(
+        [sys.executable, "-m", "actcache", "info", settings.store], capture_output=True, text=True
+    )
+    for word in ("store id", "resid.1", "contexts of 32", "snapshot"):
+        assert word in plain.stdout
+    verified = subprocess.run(
+        [sys.executable, "-m", "actcache", "verify", settings.store], capture_output=True, text=True
+    )
+    assert (verified.returncode, "all whole" in verified.stdout) == (0, True)
+    next(snapshot.store.path.rglob("acts/resid.1/c/0/0")).unlink()
+    damaged = subprocess.run(
+        [sys.executable, "-m", "actcache", "verify", settings.store], capture_output=True, text=True
+    )
+    assert damaged.returncode == 1
+    assert "acts/resid.1/c/0/0: is missing" in damaged.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["store="], "store is empty"),
+        (["hosts=demo"], "hosts"),
+        (["+host.modell=x"], "unknown key 'host.modell'"),
+        (["context=banana"], "context: expected a whole number, got 'banana'"),
+        (["layout.dtype=int3"], "layout.dtype: expected one of 'bfloat16'"),
+    ],
+)
+def test_wrong_arguments_are_named_without_a_traceback(asked, words, message):
+    done = subprocess.run(command(asked(), *words), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_progress_bar_shows_rate_and_time_left(asked):  # F126
+    words = [w for w in overrides(asked()) if w != "progress=false"]
+    done = subprocess.run(
+        [sys.executable, "-m", "actcache", *words, "tokens=400"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "caching" in done.stderr
+    assert "tok/s" in done.stderr
+
+
+def test_ctrl_c_on_the_command(asked):
+    """A real SIGINT while it runs: exit status 130 and a store that continues."""
+    settings = asked()
+    slow = "import time, actcache.segments as s; b = s.SegmentBuilder.build\n"
+    slow += "s.SegmentBuilder.build = lambda *a: (time.sleep(0.3), b(*a))[1]\n"
+    slow += "from actcache.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *overrides(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    commits = Path(settings.store) / "commits"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(commits.glob("u*.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command continues" in out
+    assert open_store(settings.store).snapshot().n_rows > 0

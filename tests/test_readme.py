@@ -1,0 +1,117 @@
+"""The README is true: its Python runs, its commands compose, the files it names are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from stores import make_store
+
+from actcache.run import CacheSettings
+from actcache.store.records import build
+from saetrain.cli import settings_from
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(program):
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w[1:] for w in words if w and w[0] == program]
+
+
+def composed(root, overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(root, overrides)
+
+
+def test_actcache_commands_compose():
+    runs = [c[1:] for c in commands("actcache") if c[0] == "run"]
+    assert len(runs) >= 3
+    for overrides in runs:
+        values = OmegaConf.to_container(composed("cache", overrides), throw_on_missing=True)
+        build(CacheSettings, values)
+    assert {c[0] for c in commands("actcache")} == {"run", "info", "verify"}
+
+
+def test_saetrain_commands_compose():
+    runs = [c for c in commands("saetrain") if c[0] != "evaluate"]
+    assert len(runs) >= 4
+    for overrides in runs:
+        words = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", w) for w in overrides if w != "-m"]
+        settings_from(composed("train", words))
+
+
+@pytest.mark.parametrize("host", sorted(p.stem for p in (ROOT / "conf" / "host").glob("*.yaml")))
+def test_every_host_config_composes(host):
+    more = ["host.model=x"] if host == "local" else []
+    cfg = composed("cache", [f"host={host}", "data=pydocs", "store=s", *more])
+    build(CacheSettings, OmegaConf.to_container(cfg, throw_on_missing=True))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml")))
+def test_every_experiment_composes(name):
+    settings_from(composed("train", [f"+experiment={name}", "store=s"]))
+
+
+def test_python_use_equals_command_use(tiny_host, tiny_parquet, tmp_path, monkeypatch):
+    (code,) = [b for b in blocks("python") if "from actcache.run" in b]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
+    for old, new in (
+        ("path/to/model", str(tiny_host)),
+        ('"corpus"', repr(str(tiny_parquet))),
+        ("stores/mine", str(tmp_path / "store")),
+        ("4096", "64"),
+        ('"k": 32', '"k": 8'),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    code = code.replace("epochs=1", "epochs=1, batch_tokens=64")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    x = found["sae"].W_dec[:3]
+    assert found["sae"](x)["sae_out"].shape == x.shape
+    assert (found["result"].run_dir / "eval.json").is_file()
+
+
+def test_own_sae_trains_from_the_command_line(tmp_path):  # F36
+    (code,) = [b for b in blocks("python") if "my_sae.py" in b]
+    assert len(code.splitlines()) < 30
+    (tmp_path / "my_sae.py").write_text(code)
+    make_store(tmp_path / "stores" / "demo", segments=(512, 512))
+    (words,) = [c for c in commands("saetrain") if "saes_path=[my_sae.py]" in c]
+    small = ["sae.n_latents=32", "batch_tokens=64", "eval.bootstrap=5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "saetrain", *words, *small],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (sae,) = (tmp_path / "runs").glob("log_penalty-*/sae/sae.json")
+    assert '"log_penalty"' in sae.read_text()
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / path).exists(), path
+    tree = README.split("## What is where")[1].split("```")[1].strip("\n")
+    folder = ROOT
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = ROOT / name
+            assert folder.exists(), name
+            continue
+        for file in re.findall(r"([\w]+\.(?:py|md)|\w+/)(?=[\s;]|$)", line):
+            assert (folder / file).exists(), f"{folder / file}"
