@@ -1,0 +1,41 @@
+"""What a TopK training step must not do: dense work after the selection, waits for a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from test_saes import END, HOOK, TOPK, X
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations run, and of those with an output of at least `size` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.all, self.large = size, set[str](), set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.all.add(name)
+        for one in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(one, Tensor) and one.numel() >= self.size:
+                self.large.add(name)
+        return out
+
+
+def test_topk_steps_make_nothing_dense_after_the_selection() -> None:
+    sae, recorder = TOPK.make(n_latents=2048), Recorder(512 * 2048)
+    with recorder:
+        sae.losses({HOOK: X[:512]}, END).total.backward()
+    assert recorder.large == {"mm", "add_"}  # the pre-activations, and their bias
+    assert "embedding_bag" in str(recorder.all)
+
+
+def test_topk_steps_never_wait_for_the_device() -> None:
+    sae = TOPK.make(n_latents=512).to("meta")  # has no values: asking for one raises
+    losses = sae.losses({HOOK: X[:64].to("meta")}, END)
+    assert set(losses.terms) == {"reconstruction", "auxk"}
+    sae.note_firing(losses.codes)
