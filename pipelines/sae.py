@@ -21,6 +21,14 @@ from saetrain.errors import ConfigError
 
 EXPANSION = 32
 POSITIONAL = ("model", "dataset")
+EITHER = (  # options that exclude each other
+    ("layers", "layer_stride"),
+    ("hookpoints", "layers"),
+    ("hookpoints", "layer_stride"),
+    ("num_latents", "expansion_factor"),
+    ("num_epochs", "train_tokens"),
+    ("lr_warmup_steps", "lr_warmup_fraction"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +210,10 @@ def spelled(name: str) -> str:
 
 def values_for(cfg: TrainConfig) -> Values:
     """The settings that the options stand for, layers aside. Contradictions: ConfigError."""
-    _refuse_both(cfg, "layers", "layer_stride")
-    _refuse_both(cfg, "hookpoints", "layers")
-    _refuse_both(cfg, "hookpoints", "layer_stride")
+    for one, other in EITHER:
+        a, b = getattr(cfg, one), getattr(cfg, other)
+        if a is not None and b is not None:
+            raise ConfigError(f"give --{one} or --{other}, not both, got {a} and {b}")
     if cfg.log_to_wandb and cfg.wandb_mode == "disabled":
         raise ConfigError("--log_to_wandb and --wandb_mode disabled contradict each other")
     values = both.values_of(cfg)
@@ -227,12 +236,6 @@ def with_layers(cfg: TrainConfig, values: Values, host: Host) -> Values:
             raise ConfigError(f"--layer_stride: expected at least 1, got {cfg.layer_stride}")
         layers = tuple(range(0, both.n_layers(host), cfg.layer_stride))
     return values | {"cache.hooks": cfg.hookpoints or "resid", "cache.layers": layers}
-
-
-def _refuse_both(cfg: TrainConfig, one: str, other: str) -> None:
-    a, b = getattr(cfg, one), getattr(cfg, other)
-    if a is not None and b is not None:
-        raise ConfigError(f"give --{one} or --{other}, not both, got {a} and {b}")
 
 
 # -- the command line ------------------------------------------------------------------------------
