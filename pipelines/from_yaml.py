@@ -26,7 +26,8 @@ from saetrain.errors import ConfigError
 # Model type -> the settings of `saetrain.saes` behind it.
 TYPES: dict[str, Values] = {
     "TopKSAE": {"name": "topk"},
-    # Loss = MSE + λ·L1, with decoder rows of length 1, and λ in force from the first step.
+    # Loss = MSE + λ·L1 with decoder rows of length 1, λ in force from the first step. Inputs are
+    # scaled to mean norm √d, as everywhere here, so a λ means the same on every model and layer.
     "VanillaSAE": {
         "name": "relu",
         "reconstruction": "mse",
