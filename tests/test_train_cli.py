@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import planted
 from hydra import compose, initialize_config_dir
 from stores import make_store
-from test_trainer import rows, same, stop_after
+from training import planted_store, rows, same, stop_after
 
 from saetrain.cli import config_dir, main, settings_from
 from saetrain.evals.run import EVAL
@@ -35,11 +34,7 @@ YAML = {group: sorted((config_dir() / group).glob("*.yaml")) for group in ("sae"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store in it, to run commands in."""
     path = tmp_path_factory.mktemp("cli")
-
-    def acts(hook, rng, tokens, d):
-        return planted(len(tokens), d, seed=int(rng.integers(1 << 30)))
-
-    make_store(path / "store", hooks={"resid.2": 16, "resid.3": 16}, segments=(1024,), acts=acts)
+    planted_store(path / "store", hooks=("resid.2", "resid.3"), segments=(1024,))
     return path
 
 

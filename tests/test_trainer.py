@@ -1,98 +1,28 @@
-"""Training end to end on small stores: determinism, resume, checkpoints, run folders, refusals."""
+"""Training end to end on small stores: run folders, numbers, variants, refusals."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fakes import FakeStream, planted
-from safetensors.torch import load_file
-from stores import make_store
+from training import D, interrupted, planted_store, rows, settings, weights
 
-from actcache.store import HookMissingError, StoreMissingError, open_store
-from actcache.store.layout import VOCAB_JSON
-from actcache.store.writer import StoreWriter
+from actcache.store import HookMissingError, StoreMissingError
 from saetrain import load_sae, runs, train
 from saetrain.errors import ConfigError, TrainingError
-from saetrain.interrupt import Interrupted
-from saetrain.log import METRICS, TIMING_KEYS, read_metrics
 from saetrain.optim import schedule_factor
 from saetrain.settings import TrainSettings
 from saetrain.stream import Stream
-from saetrain.trainer import Trainer
-
-D = 16
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three segments with one hook of planted features."""
-    path = tmp_path_factory.mktemp("trainer") / "store"
-
-    def acts(hook, rng, tokens, d):
-        return planted(len(tokens), d, seed=int(rng.integers(1 << 30)))
-
-    make_store(path, hooks={"resid.2": D}, segments=(1024, 1024, 512), acts=acts)
-    return path
-
-
-def settings(store: Path | None, runs_dir: Path, **changes) -> TrainSettings:
-    values = {
-        "store": None if store is None else str(store),
-        "runs_dir": str(runs_dir),
-        "sae": {"name": "topk", "n_latents": 48, "k": 4, "dead_after_tokens": 300},
-        "batch_tokens": 64,
-        "tokens": 64 * 30,
-        "optim": {"lr": 3e-3},
-        "held_out_fraction": 0.2,
-        "log_every": 4,
-        "checkpoint": {"every_steps": 7, "keep": 2},
-        "progress": False,
-        "report": False,
-    }
-    return TrainSettings.from_mapping(values | changes)
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "sae" / "sae.safetensors")
-
-
-def rows(run_dir: Path) -> list[dict]:
-    """Metric rows without what is allowed to differ between two equal runs."""
-    found = read_metrics(run_dir / METRICS)
-    return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in found]
-
-
-def same(a: Path, b: Path) -> None:
-    assert rows(a) == rows(b)
-    wa, wb = weights(a), weights(b)
-    assert wa.keys() == wb.keys()
-    assert all(torch.equal(wa[n], wb[n]) for n in wa)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C in the middle of step number `step`."""
-    original = Trainer._train_step
-
-    def train_step(self, batch):
-        if self.step + 1 == step:
-            signal.raise_signal(signal.SIGINT)
-        original(self, batch)
-
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
-
-
-def interrupted(cfg: TrainSettings, step: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, step)
-        with pytest.raises(Interrupted, match=f"stopped at step {step} of .*same command"):
-            train(cfg)
+    return planted_store(tmp_path_factory.mktemp("store") / "store").path
 
 
 # -- what a run is ------------------------------------------------------------------------------
@@ -189,143 +119,6 @@ def test_the_folder_is_named_by_what_decides_the_result(store: Path, tmp_path: P
         assert settings(**({"store": store, "runs_dir": tmp_path} | change)).run_dir == base.run_dir
     for change in ({"seed": 1}, {"precision": "bf16"}, {"tokens": 6400}, {"optim": {"lr": 1e-4}}):
         assert settings(store, tmp_path, **change).run_dir != base.run_dir
-
-
-# -- determinism and resume ---------------------------------------------------------------------
-
-
-def test_the_same_seed_gives_the_same_log(store: Path, tmp_path: Path) -> None:  # F18
-    torch.manual_seed(1)
-    a = train(settings(store, tmp_path / "a")).run_dir
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    b = train(settings(store, tmp_path / "b")).run_dir
-    assert torch.equal(torch.get_rng_state(), before), "the caller's generator was used"
-    same(a, b)
-    other = train(settings(store, tmp_path / "a", seed=1)).run_dir
-    assert rows(other) != rows(a)
-
-
-@pytest.mark.parametrize("name", ["topk", "relu"])
-def test_interrupted_anywhere_and_continued_is_the_same_run(
-    store: Path, tmp_path: Path, name: str
-) -> None:
-    sae = {"name": name, "n_latents": 48, "dead_after_tokens": 300}
-    sae |= {"k": 4} if name == "topk" else {}
-    whole = train(settings(store, tmp_path / "whole", sae=sae)).run_dir
-    cfg = settings(store, tmp_path / "cut", sae=sae)
-    for step in (1, 10, 23, 30):  # on no log or checkpoint boundary; the last one after all steps
-        interrupted(cfg, step)
-    assert train(cfg).trained_steps == 0
-    same(whole, cfg.run_dir)
-    metrics = [json.loads((d / "eval.json").read_text()) for d in (whole, cfg.run_dir)]
-    for each in metrics:
-        del each["seconds"]
-    assert metrics[0] == metrics[1]
-
-
-def test_killed_after_a_checkpoint_repeats_the_lost_steps(store: Path, tmp_path: Path) -> None:
-    whole = train(settings(store, tmp_path / "whole")).run_dir
-    cfg = settings(store, tmp_path / "cut")
-    original = Trainer._train_step
-
-    def killed(self, batch):
-        if self.step == 19:
-            raise MemoryError
-        original(self, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
-        with pytest.raises(MemoryError):
-            train(cfg)
-    assert [r["step"] for r in rows(cfg.run_dir)] == [4, 8, 12, 16]
-    assert train(cfg).trained_steps == 30 - 14
-    same(whole, cfg.run_dir)
-
-
-def test_a_damaged_checkpoint_is_skipped_aloud(store: Path, tmp_path: Path, capsys) -> None:
-    whole = train(settings(store, tmp_path / "whole")).run_dir
-    cfg = settings(store, tmp_path / "cut")
-    interrupted(cfg, 16)
-    folder = cfg.run_dir / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["step_14", "step_16"]
-    file = folder / "step_16" / "optim.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    (folder / ".tmp-step_21-1").mkdir()
-    capsys.readouterr()
-    assert train(cfg).trained_steps == 16
-    said = capsys.readouterr().err
-    assert "skipping damaged checkpoint" in said
-    assert "step_16: optim.safetensors does not match" in said
-    assert "being written when the run stopped" in said
-    assert "continuing" in said
-    assert "at step 14 of 30" in said
-    same(whole, cfg.run_dir)
-
-
-@pytest.mark.parametrize("how", ["no state", "cut", "no file"])
-def test_half_a_checkpoint_is_never_used(store: Path, tmp_path: Path, how: str) -> None:
-    cfg = settings(store, tmp_path / "cut", checkpoint={"every_steps": None})
-    interrupted(cfg, 16)
-    folder = cfg.run_dir / "checkpoints" / "step_16"
-    if how == "no state":
-        (folder / "state.json").unlink()
-    elif how == "cut":
-        (folder / "state.json").write_text('{"format": 1')
-    else:
-        (folder / "sae.safetensors").unlink()
-    assert train(cfg).trained_steps == 30
-
-
-def test_a_finished_run_says_so_and_fresh_trains_again(store: Path, tmp_path: Path, capsys) -> None:
-    cfg = settings(store, tmp_path)
-    first = train(cfg)
-    before = (first.run_dir / METRICS).read_text()
-    capsys.readouterr()
-    again = train(cfg)
-    assert again.trained_steps == 0
-    assert again.metrics == first.metrics
-    out = capsys.readouterr()
-    assert "is finished; fresh=true" in out.err
-    assert out.out == first.table() + "\n"
-    assert (first.run_dir / METRICS).read_text() == before
-    fresh = train(dataclasses.replace(cfg, fresh=True))
-    assert fresh.trained_steps == 30
-    assert (first.run_dir / METRICS).read_text() != before  # other timings
-
-
-def grow(path: Path) -> None:
-    """One more segment, a copy of the first, and a second snapshot with it."""
-    store = open_store(path)
-    first = store.snapshot().segments[0]
-    info, vocab = first.hooks["resid.2"], (path / VOCAB_JSON).read_bytes()
-    with StoreWriter(path, store.identity, {VOCAB_JSON: vocab}) as writer:
-        commit = writer.write_segment(
-            unit=99,
-            index=0,
-            last_in_unit=True,
-            tokens=first.tokens(),
-            acts=[(info, first.acts("resid.2").read())],
-            writer={},
-        )
-        writer.snapshot([*(s.id for s in store.snapshot().segments), commit.segment])
-
-
-def test_a_run_stays_on_its_snapshot_while_the_store_grows(store: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "store"
-    shutil.copytree(store, copy)
-    whole = train(settings(copy, tmp_path / "whole")).run_dir
-    cfg = settings(copy, tmp_path / "cut")
-    interrupted(cfg, 16)
-    grow(copy)
-    assert open_store(copy).snapshot().n_rows == 2560 + 1024
-    train(cfg)
-    same(whole, cfg.run_dir)
-    train(dataclasses.replace(cfg, fresh=True))
-    assert json.loads((cfg.run_dir / "run.json").read_text())["snapshot"] == "2"
-    assert rows(cfg.run_dir) != rows(whole)
 
 
 # -- variants -----------------------------------------------------------------------------------
