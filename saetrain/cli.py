@@ -111,6 +111,11 @@ def _hydra(job: Callable[[DictConfig], None], args: Sequence[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
     except HydraException as e:
         raise ConfigError(_explain(e)) from None
+    except ValueError as e:
+        if "Config group override" not in str(e):
+            raise
+        groups = ", ".join(sorted(d.name for d in config_dir().iterdir() if d.is_dir()))
+        raise ConfigError(f"expected the name of a file for a group ({groups}): {e}") from None
     finally:
         sys.argv = saved[0]
         if saved[1] is None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,12 @@ def test_yaml_and_dataclass_have_the_same_defaults() -> None:
     got = composed("store=x", "epochs=1")
     assert got == TrainSettings(store="x", epochs=1, sae=got.sae)
     assert got.sae["name"] == "topk"
+
+
+def test_no_folder_of_conf_has_the_name_of_a_plain_setting() -> None:
+    """Hydra takes `seed=1` for the choice of a file as soon as there is a folder conf/seed."""
+    groups = {d.name for d in config_dir().iterdir() if d.is_dir()}
+    assert groups & {f.name for f in fields(TrainSettings)} == {"sae", "optim", "schedule"}
 
 
 @pytest.mark.parametrize("path", YAML["sae"], ids=lambda p: p.stem)
@@ -258,6 +265,7 @@ def test_help_explains(here: Path, capsys) -> None:
         (("sae.kk=1",), "unknown key 'sae.kk'"),
         (("+sae.kk=1",), "unknown key 'sae.kk'. Did you mean k?"),
         (("sae=topc",), "Available options in 'sae'"),
+        (("sae=1",), "expected the name of a file for a group"),
         (("+experiment=none",), "topk_demo"),
         (("seed=abc",), "seed: expected a whole number, got 'abc'"),
         (("epochs=1",), "tokens=1920, epochs=1"),
