@@ -1,6 +1,6 @@
 """`python -m pipelines.from_yaml --config FILE [--config FILE2 …]`: YAML in, a trained SAE out.
 
-Sections model, training, data, wandb; conf/seed/default.yaml shows every key. A later file
+Sections model, training, data, wandb; pipelines/seed.yaml shows every key. A later file
 overrides an earlier one key by key. Caches, trains, evaluates. Architectures of the wider zoo are
 known by name and refused until they are there; nothing else is trained in their place.
 """

@@ -28,7 +28,7 @@ def contexts_of(snapshot):
 
 def digests(store):
     return {
-        (commit.segment, o.key): o.sha256
+        (commit.segment, o.key.removeprefix(commit.folder)): o.sha256
         for segment in store.snapshot().segments
         for commit in segment.commits
         for o in commit.objects

@@ -69,26 +69,26 @@ def make_store(
     numpy_type = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     ident = identity(layout, vocab)
     done = []
-    with StoreWriter(path, ident, {VOCAB_JSON: vocab}) as writer:
-        for i, n in enumerate(segments):
-            tokens = token_table(rng, n, context, len(words), 1000 * i, doc_len)
-            rows = []
-            for name, d in hooks.items():
-                make = acts or (lambda hook, rng, t, d: rng.normal(1.0, 2.0, (len(t), d)))
-                x = make(name, rng, tokens, d).astype(numpy_type)
-                info = HookInfo(
-                    name=name,
-                    module=f"layers.{name.split('.')[-1]}",
-                    io="out",
-                    d=d,
-                    dtype=dtype,
-                    chunk_rows=max(1, chunk_bytes // (d * x.itemsize)),
-                    activation_id=digest([ident.store_id, name, dtype]),
-                )
-                rows.append((info, x))
-            commit = writer.write_segment(
-                unit=i, index=0, last_in_unit=True, tokens=tokens, acts=rows, writer={}
+    writer = StoreWriter(path, ident, {VOCAB_JSON: vocab})
+    for i, n in enumerate(segments):
+        tokens = token_table(rng, n, context, len(words), 1000 * i, doc_len)
+        rows = []
+        for name, d in hooks.items():
+            make = acts or (lambda hook, rng, t, d: rng.normal(1.0, 2.0, (len(t), d)))
+            x = make(name, rng, tokens, d).astype(numpy_type)
+            info = HookInfo(
+                name=name,
+                module=f"layers.{name.split('.')[-1]}",
+                io="out",
+                d=d,
+                dtype=dtype,
+                chunk_rows=max(1, chunk_bytes // (d * x.itemsize)),
+                activation_id=digest([ident.store_id, name, dtype]),
             )
-            done.append(commit.segment)
-        writer.snapshot(done)
+            rows.append((info, x))
+        commit = writer.write_segment(
+            unit=i, index=0, last_in_unit=True, tokens=tokens, acts=rows, writer={}
+        )
+        done.append(commit.segment)
+    writer.snapshot(done)
     return open_store(path)

@@ -255,7 +255,7 @@ def test_unreadable_yaml_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_default_file_shows_every_key() -> None:
     # F27
-    ours = yaml.safe_load((ROOT / "conf/seed/default.yaml").read_text("utf-8"))
+    ours = yaml.safe_load((ROOT / "pipelines/seed.yaml").read_text("utf-8"))
     sections = get_type_hints(from_yaml.SeedConfig)
     assert {s: set(keys) for s, keys in ours.items()} == {
         s: {f.name for f in dataclasses.fields(cls)} for s, cls in sections.items()

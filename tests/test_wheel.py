@@ -58,8 +58,7 @@ def test_each_package_ships_its_own_settings(wheel: Path) -> None:
     for file in (ROOT / "conf").rglob("*.yaml"):
         inside = file.relative_to(ROOT).as_posix()
         owners = [p for p in ("actcache", "saetrain") if f"{p}/{inside}" in names]
-        # conf/seed is read by pipelines/, which stays in the checkout.
-        assert len(owners) == (0 if inside.startswith("conf/seed/") else 1), inside
+        assert len(owners) == 1, inside
     assert not [n for n in names if n.startswith(("tests/", "pipelines/"))]
 
 

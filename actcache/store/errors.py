@@ -21,10 +21,6 @@ class StoreVersionError(StoreError):
     """The store was written in a format this version does not know."""
 
 
-class StoreBusyError(StoreError):
-    """Another writer holds the store."""
-
-
 class IdentityError(StoreError):
     """The store holds other work than the one asked for; the message is a field-by-field diff."""
 

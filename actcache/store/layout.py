@@ -21,7 +21,7 @@ VOCAB_JSON = "vocab.json"
 SEGMENTS = "segments"
 COMMITS = "commits"
 SNAPSHOTS = "snapshots"
-LOCK = ".writer.lock"
+CLAIMS = "claims"
 
 FLAG_SPECIAL = 1  # a special token of the tokenizer (separator, BOS, ...)
 FLAG_DOC_START = 2  # first token of a document

@@ -22,6 +22,7 @@ from actcache.store.ids import bytes_digest, short
 from actcache.store.records import did_you_mean
 from actcache.store.schema import (
     Commit,
+    CommittedHook,
     HookInfo,
     Identity,
     SnapshotEntry,
@@ -193,15 +194,23 @@ class Segment:
             for file, sha256 in sorted(self.entry.commits.items())
         )
 
+    @property
+    def path(self) -> Path:
+        """The zarr group of the first commit: its token table and the hooks captured with it."""
+        return self.root / self.commits[0].folder
+
     @cached_property
     def hooks(self) -> dict[str, HookInfo]:
         return {h.info.name: h.info for c in self.commits for h in c.hooks}
 
     def stats(self, hook: str, special: bool = False) -> HookStats:
+        return self._find(hook)[1].stats(special)
+
+    def _find(self, hook: str) -> tuple[Commit, CommittedHook]:
         for commit in self.commits:
             for committed in commit.hooks:
                 if committed.info.name == hook:
-                    return committed.stats(special)
+                    return commit, committed
         raise HookMissingError(f"segment {self.id} has no hook {hook!r}")
 
     def tokens(self) -> layout.TokenTable:
@@ -209,16 +218,15 @@ class Segment:
         columns = []
         for name, dtype in layout.TOKEN_COLUMNS.items():
             what = f"segment {self.id}, tokens/{name}"
-            path = self.root / layout.SEGMENTS / self.id / "tokens" / name / "c" / "0"
+            path = self.path / "tokens" / name / "c" / "0"
             columns.append(_read_column(path, dtype, self.n_rows, what))
         return layout.TokenTable(*columns)
 
     def acts(self, hook: str) -> ShardReader:
         """Reader of one hook's rows, (n_rows, d)."""
-        if hook not in self.hooks:
-            raise HookMissingError(f"segment {self.id} has no hook {hook!r}")
-        info = self.hooks[hook]
-        path = self.root / layout.SEGMENTS / self.id / "acts" / info.key / "c" / "0" / "0"
+        commit, committed = self._find(hook)
+        info = committed.info
+        path = self.root / commit.folder / "acts" / info.key / "c" / "0" / "0"
         return ShardReader(path, info, self.n_rows, f"segment {self.id}, hook {hook}")
 
 

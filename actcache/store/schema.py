@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from actcache.store.errors import DamagedError, SettingsError, StoreVersionError
 from actcache.store.hooknames import storage_key
 from actcache.store.ids import bytes_digest, canonical_json, digest
-from actcache.store.layout import DTYPES, FORMAT, FORMAT_VERSION, SEGMENT_ID, Order
+from actcache.store.layout import DTYPES, FORMAT, FORMAT_VERSION, SEGMENT_ID, SEGMENTS, Order
 from actcache.store.records import build
 from actcache.store.stats import HookStats
 
@@ -124,6 +124,7 @@ class Commit:
     """commits/<segment>.<tag>.json: the only proof that rows exist."""
 
     segment: str
+    folder: str  # the zarr group that holds the rows, segments/<segment>.<8 hex>
     unit: int
     index: int  # number of the segment inside its unit
     last_in_unit: bool
@@ -138,6 +139,10 @@ class Commit:
     def __post_init__(self) -> None:
         if not SEGMENT_ID.fullmatch(self.segment) or not (0 < self.rows <= 1 << 32):
             raise DamagedError(f"commit of {self.segment!r} with {self.rows} rows is impossible")
+        if not re.fullmatch(rf"{SEGMENTS}/{re.escape(self.segment)}\.[0-9a-f]{{8}}", self.folder):
+            raise DamagedError(f"commit of {self.segment!r} names the folder {self.folder!r}")
+        if any(not o.key.startswith(f"{self.folder}/") for o in self.objects):
+            raise DamagedError(f"commit of {self.segment!r} names objects outside {self.folder}")
 
     @property
     def file(self) -> str:

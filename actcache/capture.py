@@ -1,0 +1,92 @@
+"""The host as the filler needs it: loaded when the first segment really needs it, never before.
+
+Identities of hooks follow from settings alone, so a run that finds everything committed ends
+without reading a weight.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from actcache.data import Packing
+from actcache.hooks import HookPoint
+from actcache.host import Host
+from actcache.segments import SegmentBuilder
+from actcache.store import HookInfo, Identity
+from actcache.store.ids import digest
+from actcache.store.layout import DTYPES, chunk_rows
+
+
+class LazyCapture:
+    """A host with hook points, and what the store records of them."""
+
+    def __init__(
+        self,
+        host: Host,
+        points: Sequence[HookPoint],
+        packing: Packing,
+        identity: Identity,
+        dtype: str,
+        say: Callable[[str], None],
+    ) -> None:
+        """`dtype` is the storage type of all hooks."""
+        self._host, self._points, self._packing = host, list(points), packing
+        self._identity, self._dtype, self._say = identity, dtype, say
+        self.tokenizer = host.tokenizer
+
+    @cached_property
+    def builder(self) -> SegmentBuilder:
+        """Loads the model, at the first access."""
+        self._say(f"loading {self._host.settings.model}")
+        return SegmentBuilder(
+            self._host.load(self._points),
+            self._points,
+            device=self._host.device,
+            batch_contexts=max(1, self._host.settings.batch_tokens // self._packing.context),
+            dtype=self._dtype,
+            cross_documents=self._packing.attend_across_documents,
+        )
+
+    @cached_property
+    def infos(self) -> list[HookInfo]:
+        """What the store records of each hook; widths come from a probe of the loaded model."""
+        widths = self.builder.widths()
+        layout, size = self._identity.layout, DTYPES[self._dtype].itemsize
+        return [
+            HookInfo(
+                **asdict(point),
+                d=widths[point.name],
+                dtype=self._dtype,
+                chunk_rows=chunk_rows(
+                    widths[point.name], size, layout.chunk_bytes, layout.segment_rows
+                ),
+                activation_id=activation_id(self._identity.store_id, point, self._dtype),
+            )
+            for point in self._points
+        ]
+
+    @property
+    def activation_ids(self) -> set[str]:
+        return {activation_id(self._identity.store_id, p, self._dtype) for p in self._points}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Who wrote a segment; in no id."""
+        return {"versions": versions(), "device": str(self._host.device)}
+
+
+def activation_id(store_id: str, point: HookPoint, dtype: str) -> str:
+    """Identity of one hook's rows: the store, the tensor, the storage type."""
+    place = {"module": point.module, "io": point.io, "index": point.index}
+    return digest({"store_id": store_id, "hook": place, "dtype": dtype})
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and writes activations."""
+    packages = ("actcache-saetrain", "torch", "transformers", "zarr", "numpy")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}

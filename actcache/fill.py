@@ -1,0 +1,209 @@
+"""Fill a store: which units are missing, who does them, and writing beside the forward pass.
+
+Any number of processes may run this on one store. Each claims a unit, commits its segments and goes
+on to the next that is neither done nor claimed; a dead process's claim expires and its unit is
+continued by another. Segments depend on the unit alone, so the result is the same for any number
+of writers.
+
+While one segment is permuted, checksummed and written in a thread, the next one runs through the
+host; at most `WRITES` segments wait, so memory is bounded by WRITES + 1 segments.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from actcache.capture import LazyCapture
+from actcache.data import Context, Packing, contexts
+from actcache.sources import Source, Unit
+from actcache.store.claims import Claims
+from actcache.store.errors import SettingsError
+from actcache.store.ids import digest
+from actcache.store.layout import CLAIMS, segment_id
+from actcache.store.schema import Commit
+from actcache.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from actcache.run import CacheSettings
+
+WRITES = 1  # segments that may wait to be written
+POLL = 1.0  # seconds between looks at units that others hold
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """'3/16' -> (2, 16). SettingsError if it is not i/n with 1 <= i <= n."""
+    number, slash, of = part.partition("/")
+    if slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of):
+        return int(number) - 1, int(of)
+    raise SettingsError(f"part={part}: expected i/n with 1 <= i <= n, such as part=3/16")
+
+
+class Filler:
+    """One call of `actcache run` on one store."""
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        source: Source,
+        packing: Packing,
+        writer: StoreWriter,
+        capture: LazyCapture,
+        say: Callable[[str], None],
+    ) -> None:
+        self.settings, self.source, self.packing = settings, source, packing
+        self.writer, self.capture, self.say = writer, capture, say
+        self.computed = 0  # rows that went through the host in this call
+        self._ids = capture.activation_ids
+        self._plan = self._ordered()
+        self._seen: list[Unit] = []  # units looked at so far, in plan order
+        self._queue: deque[Future[Commit]] = deque()
+        self._ended = False  # a stream has no more units
+
+    # -- the plan ---------------------------------------------------------------------------------
+
+    def _ordered(self) -> Iterator[Unit]:
+        """Parquet units in keyed random order, a fair sample anywhere; a stream's as they come."""
+        units = self.source.units(self.settings.layout.unit_bytes)
+        if self.source.identity["kind"] != "parquet":
+            return units
+        key = self.writer.identity.token_stream_id
+        return iter(sorted(units, key=lambda unit: digest([key, unit.number])))
+
+    def _units(self) -> Iterator[Unit]:
+        """The plan from its start, however often it is walked."""
+        yield from list(self._seen)
+        for unit in self._plan:
+            self._seen.append(unit)
+            yield unit
+
+    def _mine(self, position: int) -> bool:
+        if self.settings.part is None:
+            return True
+        number, of = parse_part(self.settings.part)
+        return position % of == number
+
+    def _commits(self, unit: Unit) -> list[Commit]:
+        """Committed segments of a unit that have all hooks, from the first without a gap."""
+        found: list[Commit] = []
+        while commits := self.writer.commits.get(segment_id(unit.number, len(found))):
+            if not self.writer.has(commits[0].segment, self._ids):
+                break
+            found.append(commits[0])
+        return found
+
+    def wanted(self) -> list[str]:
+        """Committed segments in plan order, as many as the budget asks for."""
+        segments: list[str] = []
+        rows = 0
+        for unit in self._seen:
+            for commit in self._commits(unit):
+                if self._enough(rows):
+                    return segments
+                segments.append(commit.segment)
+                rows += commit.rows
+        return segments
+
+    def _enough(self, rows: int) -> bool:
+        return self.settings.tokens is not None and rows >= self.settings.tokens
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def fill(self) -> bool:
+        """Commit segments until the budget or the data ends; True if Ctrl-C ended it."""
+        budget = self.settings.tokens
+        if self.writer.commits:
+            rows = sum(c[0].rows for c in self.writer.commits.values())
+            self.say(f"continuing: {rows:,} tokens are committed already")
+        claims = Claims(self.writer.path / CLAIMS, uuid.uuid4().hex[:8])
+        bar = tqdm(
+            total=budget,
+            unit="tok",
+            unit_scale=True,
+            desc="caching",
+            disable=not self.settings.progress,
+        )
+        with bar, ThreadPoolExecutor(1, "write") as pool, claims:
+            self._pool = pool
+            try:
+                while self._walk(claims, bar):
+                    time.sleep(POLL)
+            except KeyboardInterrupt:
+                self._settle(0)  # whole segments are worth a moment
+                return True
+        rows = sum(self.writer.commits[s][0].rows for s in self.wanted())
+        if budget is not None and rows < budget and self.settings.part is None:
+            self.say(f"the data ended at {rows:,} tokens, before tokens={budget:,}")
+        return False
+
+    def _walk(self, claims: Claims, bar: Any) -> bool:
+        """Do every free unit of the plan; True if others still hold some that are wanted."""
+        before, busy = 0, False  # rows committed in earlier units
+        for position, unit in enumerate(self._units()):
+            if self._enough(before):
+                break
+            done = self._done(unit)
+            if not done and self._mine(position):
+                name = f"u{unit.number:05d}"
+                if claims.acquire(name):
+                    self._fill_unit(unit, before, bar)
+                    self._settle(0)
+                    claims.release(name)
+                else:
+                    busy = True
+            self.writer.refresh()
+            rows = sum(c.rows for c in self._commits(unit))
+            before += rows
+            bar.n = max(bar.n, before)
+            if not rows and self._ended:
+                break
+        return busy and not self._enough(before)
+
+    def _done(self, unit: Unit) -> bool:
+        commits = self._commits(unit)
+        return bool(commits) and commits[-1].last_in_unit
+
+    def _fill_unit(self, unit: Unit, before: int, bar: Any) -> None:
+        """Commit the segments that the unit lacks, until the budget is met."""
+        per_segment = self.writer.identity.layout.segment_rows // self.packing.context
+        stream = contexts(self.source.read(unit), self.capture.tokenizer, self.packing)
+        chunk, index = list(islice(stream, per_segment)), 0
+        self._ended = self._ended or (not chunk and self.source.identity["kind"] != "parquet")
+        while chunk and not self._enough(before):
+            following = list(islice(stream, per_segment))
+            segment = segment_id(unit.number, index)
+            rows = sum(map(len, chunk))
+            if not self.writer.has(segment, self._ids):
+                self._fill_segment(unit, index, chunk, not following, bar)
+                self.computed += rows
+            before, chunk, index = before + rows, following, index + 1
+
+    def _fill_segment(
+        self, unit: Unit, index: int, chunk: list[Context], last: bool, bar: Any
+    ) -> None:
+        """Run one segment through the host and hand it to the writing thread."""
+        tokens, acts = self.capture.builder.build(chunk, bar.update)
+        self._settle(WRITES - 1)
+        self._queue.append(
+            self._pool.submit(
+                self.writer.write_segment,
+                unit=unit.number,
+                index=index,
+                last_in_unit=last,
+                tokens=tokens,
+                acts=[(info, acts[info.name]) for info in self.capture.infos],
+                writer=self.capture.recorded,
+            )
+        )
+
+    def _settle(self, waiting: int) -> None:
+        """Wait until at most `waiting` segments are unwritten; raises what a write raised."""
+        while len(self._queue) > waiting:
+            self._queue.popleft().result()
