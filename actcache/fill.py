@@ -66,6 +66,7 @@ class Filler:
         self._seen: list[Unit] = []  # units looked at so far, in plan order
         self._queue: deque[Future[Commit]] = deque()
         self._ended = False  # a stream has no more units
+        self._total = 0  # bytes of the whole plan, once known
 
     # -- the plan ---------------------------------------------------------------------------------
 
@@ -162,9 +163,19 @@ class Filler:
             rows = sum(c.rows for c in self._commits(unit))
             before += rows
             bar.n = max(bar.n, before)
+            self._guess_total(bar, position + 1, before)
             if not rows and self._ended:
                 break
         return busy and not self._enough(before)
+
+    def _guess_total(self, bar: Any, units: int, rows: int) -> None:
+        """Without a budget: tokens in all by the share of bytes read, so that time left shows."""
+        if self.settings.tokens is None and self.source.identity["kind"] == "parquet":
+            done = sum(u.bytes for u in self._seen[:units])
+            self._total = self._total or sum(
+                u.bytes for u in self.source.units(self.settings.layout.unit_bytes)
+            )
+            bar.total = max(bar.n, int(rows * self._total / max(1, done)))
 
     def _done(self, unit: Unit) -> bool:
         commits = self._commits(unit)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from actcache.errors import HostError
 from actcache.hooks import HookPoint, deepest_block
@@ -66,7 +67,7 @@ class Host:
         return {
             "architecture": self.config.model_type,
             "config": digest(self._plain_config()),
-            "weights": digest([_named_digest(f) for f in self._weight_files()]),
+            "weights": digest(_digests(self._weight_files())),
             "dtype": self.settings.dtype,
             "attention": self.settings.attention,
         }
@@ -141,6 +142,15 @@ class Host:
             raise HostError(
                 f"host.model={self.settings.model}: its tokenizer has token ids up to {largest}, "
                 f"the model embeds {vocab}. They do not belong together"
+            )
+
+    def check_context(self, context: int) -> None:
+        """HostError if the model has fewer positions than a context has tokens."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and context > most:
+            raise HostError(
+                f"context={context} is longer than the {most} positions of "
+                f"host.model={self.settings.model}; use at most context={most}"
             )
 
     def vocab(self) -> list[bytes]:
@@ -248,8 +258,21 @@ def _resolve(settings: HostSettings) -> Path:
     return Path(found)
 
 
-def _named_digest(file: Path) -> dict[str, Any]:
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
+def _digests(files: list[Path]) -> list[dict[str, Any]]:
+    """Name, size and digest of each file; a bar where there is enough to wait for."""
+    sizes = [f.stat().st_size for f in files]
+    found = []
+    with tqdm(
+        total=sum(sizes),
+        unit="B",
+        unit_scale=True,
+        desc="reading weights for their digest",
+        disable=sum(sizes) < 2 << 30,
+    ) as bar:
+        for file, size in zip(files, sizes, strict=True):
+            found.append({"name": file.name, "bytes": size, "sha256": file_digest(file)})
+            bar.update(size)
+    return found
 
 
 @contextmanager

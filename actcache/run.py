@@ -88,6 +88,7 @@ def run(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) ->
     settings = _resolved(settings, say)
     source = open_source(settings.data)
     host = Host(settings.host)
+    host.check_context(settings.context)
     skeleton = host.skeleton()
     points = resolve(settings.hooks, settings.layers, skeleton)
     packing = resolve_packing(settings.pack, host.tokenizer, settings.context)

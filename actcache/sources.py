@@ -56,6 +56,7 @@ class Unit:
     file: int  # index into the source's files; 0 for a stream
     first: int  # first row group, or first row of a stream
     count: int  # row groups, or rows
+    bytes: int = 0  # uncompressed, to judge how much is left; 0: unknown
     max_rows: int | None = None  # read no further than this many rows
 
     def __str__(self) -> str:
@@ -178,7 +179,7 @@ class ParquetSource:
                 if left is not None and left <= 0:
                     return
                 limit = None if left is None else min(rows, left)
-                yield Unit(number, f, first, group + 1 - first, limit)
+                yield Unit(number, f, first, group + 1 - first, size, limit)
                 left = None if left is None else left - rows
                 number, first, size, rows = number + 1, group + 1, 0, 0
 

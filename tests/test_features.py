@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent  # F38: the suite itself
 MARKED = re.compile(r"#\s*F\d")
 ROW = re.compile(r"\bF(\d+[a-z]?)(?:\s*[-–]\s*F?(\d+)\b)?")
 

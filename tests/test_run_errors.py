@@ -113,6 +113,11 @@ def test_tokenizer_that_does_not_fit_the_model(asked, tiny_host, tmp_path):
         run(asked(host=HostSettings(model=str(folder))))
 
 
+def test_context_longer_than_the_model(asked):
+    with pytest.raises(HostError, match="context=256 is longer than the 128 positions"):
+        run(asked(context=256))
+
+
 def test_host_that_is_not_there(asked, tmp_path):
     with pytest.raises(HostError, match="there is no such folder"):
         run(asked(host=HostSettings(model=str(tmp_path / "nothing"))))

@@ -260,3 +260,9 @@ def test_dead_after_tokens_without_effect_is_said(store: Path, tmp_path: Path, c
     sae = {"name": "topk", "n_latents": 48, "k": 4, "dead_after_tokens": 10_000}
     train(settings(store, tmp_path, sae=sae))
     assert "sae.dead_after_tokens=10,000 has no effect" in capsys.readouterr().err
+
+
+def test_nothing_held_out_is_said_before_training(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none of the store's documents is held out"):
+        train(settings(store, tmp_path, held_out_fraction=1e-9))
+    assert not list(tmp_path.rglob("metrics.jsonl"))
