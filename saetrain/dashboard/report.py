@@ -274,7 +274,7 @@ def _tiles(scores: Mapping[str, Any]) -> list[dict[str, str]]:
         _tile(
             *("FVE", scores.get("fve"), formula.get("fve", "")),
             f"{places}.{bootstrap if se is not None else ''}",
-            extra=f"± {se:.2g}" if se is not None else "",
+            extra=f"± {se:.1g}" if se is not None else "",
         ),
         _tile(
             *("PCA of equal rank", pca and pca["fve"], ""),
