@@ -18,6 +18,7 @@ from actcache.store.claims import Claims
 from actcache.store.publish import PARTIAL
 from actcache.store.reader import read_record
 from actcache.store.schema import Commit
+from actcache.store.untrusted import inside
 
 GRACE = 3600.0  # seconds
 _ATTEMPT = re.compile(rf"{layout.SEGMENT_ID.pattern}\.[0-9a-f]{{8}}")
@@ -33,6 +34,8 @@ class Garbage:
 
 def find_garbage(root: Path, grace: float = GRACE) -> list[Garbage]:
     """Removable things of the store at `root` that were last changed over `grace` seconds ago."""
+    for name in layout.FOLDERS:
+        inside(root, root / name)  # nothing is removed outside the store
     claims = Claims(root / layout.CLAIMS, "gc")
     now = claims.now()
     candidates = [*_attempts(root), *_partials(root), *_dead_claims(root, claims)]
@@ -50,7 +53,7 @@ def remove(garbage: list[Garbage]) -> int:
 
 
 def _attempts(root: Path) -> Iterator[Path]:
-    commits = (read_record(Commit, f) for f in (root / layout.COMMITS).glob("u*.json"))
+    commits = (read_record(Commit, root, f) for f in (root / layout.COMMITS).glob("u*.json"))
     named = {root / c.folder for c in commits}
     for folder in sorted((root / layout.SEGMENTS).glob("u*")):
         if _ATTEMPT.fullmatch(folder.name) and folder not in named and not folder.is_symlink():

@@ -21,7 +21,9 @@ VOCAB_JSON = "vocab.json"
 SEGMENTS = "segments"
 COMMITS = "commits"
 SNAPSHOTS = "snapshots"
+CANARIES = "canaries"
 CLAIMS = "claims"
+FOLDERS = (SEGMENTS, COMMITS, SNAPSHOTS, CANARIES, CLAIMS)
 
 FLAG_SPECIAL = 1  # a special token of the tokenizer (separator, BOS, ...)
 FLAG_DOC_START = 2  # first token of a document
@@ -75,7 +77,7 @@ def segment_id(unit: int, index: int) -> str:
     return f"u{unit:05d}-{index:04d}"
 
 
-SEGMENT_ID = re.compile(r"u\d{5,}-\d{4,}")
+SEGMENT_ID = re.compile(r"u[0-9]{5,12}-[0-9]{4,12}")
 
 
 def permutation(segment: str, n: int) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ job changes nothing for it. Whatever is not committed does not exist for a reade
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,23 +26,26 @@ from actcache.store.schema import (
     CommittedHook,
     HookInfo,
     Identity,
+    Record,
     SnapshotEntry,
     SnapshotRecord,
     load,
 )
 from actcache.store.shard import ShardReader, check_crc
 from actcache.store.stats import HookStats
+from actcache.store.untrusted import MAX_JSON_BYTES, inside, read_file
 from actcache.store.vocab import decode_vocab
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Record)
+_SNAPSHOT = re.compile(r"[1-9][0-9]{0,17}\.json")
 
 
-def read_record(cls: type[T], path: Path, sha256: str | None = None) -> T:
-    """A JSON record from disk; DamagedError if it is missing, unlike its digest or malformed."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
+def read_record(cls: type[T], root: Path, path: Path, sha256: str | None = None) -> T:
+    """A JSON record of the store at `root`.
+
+    Raises DamagedError if it is missing, unlike its digest, malformed, or outside the store.
+    """
+    data = read_file(root, path, MAX_JSON_BYTES)
     if sha256 is not None and bytes_digest(data) != sha256:
         raise DamagedError(f"{path} does not match the digest that the snapshot recorded for it")
     return load(cls, data, path)
@@ -58,7 +62,13 @@ def open_store(path: str | Path) -> Store:
         raise StoreMissingError(
             f"store={path}: {root} {here}. Make one with: actcache run host=… data=… store={path}"
         )
-    return Store(root, read_record(Identity, root / layout.STORE_JSON))
+    return Store(root, read_record(Identity, root, root / layout.STORE_JSON))
+
+
+def snapshot_numbers(root: Path) -> list[int]:
+    """Numbers of the snapshots of the store at `root`, oldest first."""
+    files = inside(root, root / layout.SNAPSHOTS).glob("*.json")
+    return sorted(int(f.stem) for f in files if _SNAPSHOT.fullmatch(f.name))
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,7 @@ class Store:
 
     def snapshot_names(self) -> list[str]:
         """Names of the snapshots, oldest first."""
-        numbers = [int(p.stem) for p in (self.path / layout.SNAPSHOTS).glob("[0-9]*.json")]
-        return [str(n) for n in sorted(numbers)]
+        return [str(n) for n in snapshot_numbers(self.path)]
 
     def snapshot(self, name: str | None = None) -> Snapshot:
         """The snapshot called `name`, or the newest.
@@ -97,7 +106,10 @@ class Store:
                 f"{self.path} has no snapshot {name!r}; it has {', '.join(names)}"
             )
         file = self.path / layout.SNAPSHOTS / f"{name or names[-1]}.json"
-        return Snapshot(self, read_record(SnapshotRecord, file))
+        record = read_record(SnapshotRecord, self.path, file)
+        if record.name != file.stem:
+            raise DamagedError(f"{file} says that it is snapshot {record.name!r:.40}")
+        return Snapshot(self, record)
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,11 @@ class Snapshot:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        return tuple(Segment(self.store.path, entry) for entry in self.record.segments)
+        if not self.record.segments:
+            return ()
+        first = Segment(self.store.path, self.record.segments[0])
+        others = (Segment(self.store.path, e, first) for e in self.record.segments[1:])
+        return (first, *others)
 
     @cached_property
     def hooks(self) -> Mapping[str, HookInfo]:
@@ -134,6 +150,12 @@ class Snapshot:
         if not self.segments:
             return {}
         infos = self.segments[0].hooks
+        lost = [name for name in self.record.hooks if name not in infos]
+        if lost:
+            raise DamagedError(
+                f"{self.store.path}: snapshot {self.record.name} lists hook {lost[0]!r:.200}, "
+                f"which segment {self.segments[0].id} does not have"
+            )
         return {name: infos[name] for name in self.record.hooks}
 
     def resolve_hook(self, name: str) -> str:
@@ -167,10 +189,7 @@ class Snapshot:
     def vocab(self) -> list[bytes]:
         """The exact bytes of every token id."""
         path = self.store.path / layout.VOCAB_JSON
-        try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
+        data = read_file(self.store.path, path, MAX_JSON_BYTES)
         if bytes_digest(data) != self.store.identity.files.get(layout.VOCAB_JSON):
             raise DamagedError(f"{path} does not match the digest in {layout.STORE_JSON}")
         return decode_vocab(data, path)
@@ -182,6 +201,7 @@ class Segment:
 
     root: Path
     entry: SnapshotEntry
+    first: Segment | None = None  # of the snapshot: hooks are the same in all of them
 
     id = property(lambda self: self.entry.segment)
     n_rows = property(lambda self: self.entry.rows)
@@ -190,9 +210,18 @@ class Segment:
     def commits(self) -> tuple[Commit, ...]:
         folder = self.root / layout.COMMITS
         return tuple(
-            read_record(Commit, folder / Path(file).name, sha256)
+            self._own(read_record(Commit, self.root, folder / file, sha256), file)
             for file, sha256 in sorted(self.entry.commits.items())
         )
+
+    def _own(self, commit: Commit, file: str) -> Commit:
+        """`commit`, if it is of this segment's rows."""
+        if (commit.file, commit.rows) != (file, self.entry.rows):
+            raise DamagedError(
+                f"commits/{file} is a commit of {commit.rows:,} rows that belongs under "
+                f"{commit.file}; the snapshot says {self.entry.rows:,} rows"
+            )
+        return commit
 
     @property
     def path(self) -> Path:
@@ -201,17 +230,33 @@ class Segment:
 
     @cached_property
     def hooks(self) -> dict[str, HookInfo]:
-        return {h.info.name: h.info for c in self.commits for h in c.hooks}
+        return {h.info.name: h.info for c in reversed(self.commits) for h in c.hooks}
 
     def stats(self, hook: str, special: bool = False) -> HookStats:
-        return self._find(hook)[1].stats(special)
+        """Statistics of this segment's rows. DamagedError if they are not of so many rows."""
+        committed = self._find(hook)[1]
+        found, rows = committed.stats(special), self.n_rows
+        if found.n > rows or (special and found.n != rows):
+            raise DamagedError(
+                f"segment {self.id}, hook {hook}: statistics of {found.n:,} rows, it has {rows:,}"
+            )
+        return found
 
     def _find(self, hook: str) -> tuple[Commit, CommittedHook]:
         for commit in self.commits:
             for committed in commit.hooks:
                 if committed.info.name == hook:
+                    self._like_first(committed.info)
                     return commit, committed
         raise HookMissingError(f"segment {self.id} has no hook {hook!r}")
+
+    def _like_first(self, info: HookInfo) -> None:
+        expected = self.first.hooks.get(info.name) if self.first else None
+        if expected and (info.d, info.dtype) != (expected.d, expected.dtype):
+            raise DamagedError(
+                f"segment {self.id}, hook {info.name}: {info.d} channels of {info.dtype}; segment "
+                f"{self.first.id if self.first else ''} has {expected.d} of {expected.dtype}"
+            )
 
     def tokens(self) -> layout.TokenTable:
         """The token table, checksums checked."""
@@ -219,25 +264,26 @@ class Segment:
         for name, dtype in layout.TOKEN_COLUMNS.items():
             what = f"segment {self.id}, tokens/{name}"
             path = self.path / "tokens" / name / "c" / "0"
-            columns.append(_read_column(path, dtype, self.n_rows, what))
-        return layout.TokenTable(*columns)
+            columns.append(_read_column(self.root, path, dtype, self.n_rows, what))
+        table = layout.TokenTable(*columns)
+        if max(table.ctx.max(), table.pos.max()) >= self.n_rows:
+            raise DamagedError(
+                f"segment {self.id}: a number of a context or position is beyond its "
+                f"{self.n_rows:,} rows"
+            )
+        return table
 
     def acts(self, hook: str) -> ShardReader:
         """Reader of one hook's rows, (n_rows, d)."""
         commit, committed = self._find(hook)
         info = committed.info
         path = self.root / commit.folder / "acts" / info.key / "c" / "0" / "0"
-        return ShardReader(path, info, self.n_rows, f"segment {self.id}, hook {hook}")
+        return ShardReader(self.root, path, info, self.n_rows, f"segment {self.id}, hook {hook}")
 
 
-def _read_column(path: Path, dtype: np.dtype[Any], n: int, what: str) -> NDArray[Any]:
-    expected = n * dtype.itemsize + 4
+def _read_column(root: Path, path: Path, dtype: np.dtype[Any], n: int, what: str) -> NDArray[Any]:
     try:
-        if path.stat().st_size != expected:
-            raise DamagedError(
-                f"{what}: {path} has {path.stat().st_size:,} bytes, expected {expected:,}"
-            )
-        data = path.read_bytes()
-    except OSError as e:
-        raise DamagedError(f"{what}: {path} cannot be read: {e.strerror}") from e
+        data = read_file(root, path, n * dtype.itemsize + 4, exact=True)
+    except DamagedError as e:
+        raise DamagedError(f"{what}: {e}") from e
     return np.frombuffer(check_crc(data, what), dtype=dtype)

@@ -1,14 +1,15 @@
 """The JSON records of a store: identity, commits, snapshots. Read strictly, sizes checked first.
 
-Stores come from other teams, so every record is untrusted: bounded in size, NaN refused, unknown
-keys refused, names matched against patterns before they touch a path.
+Stores come from other teams, so every record is untrusted: parsed with bounds (`untrusted`),
+unknown keys refused, names matched against patterns before they touch a path, and what its fields
+say about each other compared (`vet`) before anything is allocated.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,13 +17,35 @@ from typing import Any, Literal, TypeVar
 from actcache.store.errors import DamagedError, SettingsError, StoreVersionError
 from actcache.store.hooknames import storage_key
 from actcache.store.ids import bytes_digest, canonical_json, digest
-from actcache.store.layout import DTYPES, FORMAT, FORMAT_VERSION, SEGMENT_ID, SEGMENTS, Order
+from actcache.store.layout import (
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    SEGMENT_ID,
+    SEGMENTS,
+    TOKEN_COLUMNS,
+    Order,
+    segment_id,
+)
 from actcache.store.records import build
 from actcache.store.stats import HookStats
+from actcache.store.untrusted import MAX_JSON_BYTES as MAX_JSON_BYTES
+from actcache.store.untrusted import parse_json as parse_json
 
-MAX_JSON_BYTES = 256 << 20
+MAX_ROWS = 1 << 24  # of a segment
+MAX_CHUNK_BYTES = 1 << 30  # of an inner chunk: what a reader allocates at once
+_MAX_METADATA = 1 << 20  # bytes of a zarr.json
 _KEY = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A JSON file of a store."""
+
+    def vet(self) -> None:
+        """Raise DamagedError unless the fields, read from disk, fit each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +59,13 @@ class Layout:
     order: Order = "permuted"
 
     def __post_init__(self) -> None:
+        limits = {"segment_rows": MAX_ROWS, "chunk_bytes": MAX_CHUNK_BYTES}
         for name in ("context", "segment_rows", "chunk_bytes", "unit_bytes"):
-            if getattr(self, name) < 1:
-                raise SettingsError(
-                    f"layout.{name}: expected at least 1, got {getattr(self, name)}"
-                )
+            value, limit = getattr(self, name), limits.get(name)
+            if value < 1:
+                raise SettingsError(f"layout.{name}: expected at least 1, got {value}")
+            if limit is not None and value > limit:
+                raise SettingsError(f"layout.{name}: expected at most {limit:,}, got {value:,}")
         if self.segment_rows % self.context:
             raise SettingsError(
                 f"layout.segment_rows={self.segment_rows} must be a multiple of "
@@ -49,7 +74,7 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class Identity(Record):
     """store.json: what the rows are. Written once, never changed."""
 
     token_stream: dict[str, Any]  # data, tokenizer, packing
@@ -61,6 +86,10 @@ class Identity:
     recorded: dict[str, Any] = field(default_factory=dict)  # versions and the like, in no id
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
+
+    def vet(self) -> None:
+        if self.format != FORMAT:
+            raise DamagedError(f"store.json has the format {self.format!r}, expected {FORMAT!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +106,8 @@ class HookInfo:
     index: int | str | None = None  # tuple item or keyword
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES or not (0 < self.d <= 1 << 24) or self.chunk_rows < 1:
+        sane = self.dtype in DTYPES and 0 < self.d <= 1 << 24 and 0 < self.chunk_rows <= MAX_ROWS
+        if not sane or self.chunk_bytes > MAX_CHUNK_BYTES:
             raise DamagedError(
                 f"hook {self.name!r}: impossible dtype={self.dtype!r}, d={self.d} or "
                 f"chunk_rows={self.chunk_rows}"
@@ -90,6 +120,15 @@ class HookInfo:
     @property
     def key(self) -> str:
         return storage_key(self.name)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of one inner chunk without its checksum."""
+        return self.chunk_rows * self.d * DTYPES[self.dtype].itemsize
+
+    def shard_bytes(self, rows: int) -> int:
+        """Size of the file that holds `rows` rows: chunks and index, each with its crc32c."""
+        return -(-rows // self.chunk_rows) * (self.chunk_bytes + 4 + 16) + 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +154,12 @@ class StoredObject:
     def __post_init__(self) -> None:
         if not _KEY.fullmatch(self.key) or any(set(p) <= {"."} for p in self.key.split("/")):
             raise DamagedError(f"object key {self.key!r} is not allowed")
-        if self.bytes < 0:
-            raise DamagedError(f"object {self.key!r} has negative size")
+        if self.bytes < 0 or not _DIGEST.fullmatch(self.sha256):
+            raise DamagedError(f"object {self.key!r} has a negative size or no sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Commit:
+class Commit(Record):
     """commits/<segment>.<tag>.json: the only proof that rows exist."""
 
     segment: str
@@ -137,17 +176,24 @@ class Commit:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if not SEGMENT_ID.fullmatch(self.segment) or not (0 < self.rows <= 1 << 32):
+        if not SEGMENT_ID.fullmatch(self.segment) or not (0 < self.rows <= MAX_ROWS):
             raise DamagedError(f"commit of {self.segment!r} with {self.rows} rows is impossible")
         if not re.fullmatch(rf"{SEGMENTS}/{re.escape(self.segment)}\.[0-9a-f]{{8}}", self.folder):
             raise DamagedError(f"commit of {self.segment!r} names the folder {self.folder!r}")
         if any(not o.key.startswith(f"{self.folder}/") for o in self.objects):
             raise DamagedError(f"commit of {self.segment!r} names objects outside {self.folder}")
 
+    def vet(self) -> None:
+        here = f"commit of {self.segment!r}"
+        if min(self.unit, self.index) < 0 or segment_id(self.unit, self.index) != self.segment:
+            raise DamagedError(f"{here} says it is segment {self.index} of unit {self.unit}")
+        if not 0 <= self.documents <= self.rows or not _DIGEST.fullmatch(self.token_digest):
+            raise DamagedError(f"{here} has {self.documents} documents or no token digest")
+        vet_objects(here, self.folder, self.rows, [h.info for h in self.hooks], self.objects)
+
     @property
     def file(self) -> str:
-        names = sorted(h.info.activation_id for h in self.hooks)
-        return f"{self.segment}.{bytes_digest(canonical_json(names))[7:19]}.json"
+        return f"{self.segment}.{tag(h.info.activation_id for h in self.hooks)}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +204,22 @@ class SnapshotEntry:
     rows: int
     commits: dict[str, Any]  # commit file -> sha256
 
+    def vet(self) -> None:
+        """As `Record.vet`."""
+        if not SEGMENT_ID.fullmatch(self.segment) or not 0 < self.rows <= MAX_ROWS:
+            raise DamagedError(f"snapshot names {self.segment!r} with {self.rows} rows")
+        name = re.compile(rf"{re.escape(self.segment)}\.[0-9a-f]{{12}}\.json")
+        digests = [d for d in self.commits.values() if isinstance(d, str) and _DIGEST.fullmatch(d)]
+        named = bool(self.commits) and all(map(name.fullmatch, self.commits))
+        if not named or len(digests) != len(self.commits):
+            raise DamagedError(
+                f"snapshot names {list(self.commits)!r:.200} as commits of {self.segment}, or "
+                "without their digests"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotRecord:
+class SnapshotRecord(Record):
     """snapshots/<n>.json: a frozen list of commits; what readers open."""
 
     name: str
@@ -176,6 +235,43 @@ class SnapshotRecord:
         """The same record with its checksum filled in."""
         return replace(self, checksum=digest(asdict(replace(self, checksum=""))))
 
+    def vet(self) -> None:
+        for entry in self.segments:
+            entry.vet()
+        names = [entry.segment for entry in self.segments]
+        if len(set(names)) != len(names) or len(set(self.hooks)) != len(self.hooks):
+            raise DamagedError(f"snapshot {self.name!r:.40} names a segment or a hook twice")
+        if self.rows != sum(entry.rows for entry in self.segments):
+            raise DamagedError(f"snapshot {self.name!r:.40} has rows that are not its segments'")
+
+
+def tag(activation_ids: Iterable[str]) -> str:
+    """12 hex digits that name a set of hooks in file names."""
+    return bytes_digest(canonical_json(sorted(activation_ids)))[7:19]
+
+
+def vet_objects(
+    here: str, folder: str, rows: int, hooks: Sequence[HookInfo], objects: Sequence[StoredObject]
+) -> None:
+    """Raise DamagedError unless `objects` are all the files of a group, each of its exact size.
+
+    `here` names the record in the message. A file that is left out would never be verified.
+    """
+    metadata = ["", "/tokens", "/acts", *(f"/tokens/{name}" for name in TOKEN_COLUMNS)]
+    sizes = {f"{folder}/tokens/{n}/c/0": rows * t.itemsize + 4 for n, t in TOKEN_COLUMNS.items()}
+    sizes |= {f"{folder}/acts/{h.key}/c/0/0": h.shard_bytes(rows) for h in hooks}
+    metadata += [f"/acts/{h.key}" for h in hooks]
+    expected = sorted([*sizes, *(f"{folder}{part}/zarr.json" for part in metadata)])
+    if len(set(expected)) != len(expected):
+        raise DamagedError(f"{here} has two hooks of one name")
+    if sorted(o.key for o in objects) != expected:
+        odd = {o.key for o in objects} ^ set(expected) or {"an object named twice"}
+        raise DamagedError(f"{here} does not name exactly its files: {min(odd)}")
+    for o in objects:
+        limit = sizes.get(o.key)
+        if (limit is not None and o.bytes != limit) or (limit is None and o.bytes > _MAX_METADATA):
+            raise DamagedError(f"{here}: {o.key} cannot have {o.bytes:,} bytes with {rows:,} rows")
+
 
 def dump(record: Any) -> bytes:
     """A record as indented JSON with a stable order."""
@@ -187,31 +283,19 @@ def load(cls: type[T], data: bytes, path: Path) -> T:
 
     Raises StoreVersionError for a newer format, DamagedError for anything malformed.
     """
-    record = parse_json(data, path)
-    version = record.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    values = parse_json(data, path)
+    version = values.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise DamagedError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r:.40}")
+    if version > FORMAT_VERSION:
         raise StoreVersionError(
             f"{path} has store format {version}; this actcache reads up to {FORMAT_VERSION}. "
             "Install a newer actcache to read it"
         )
     try:
-        return build(cls, record)
-    except SettingsError as e:
-        raise DamagedError(f"{path}: {e}") from None
-
-
-def parse_json(data: bytes, path: Path) -> Mapping[str, Any]:
-    """A JSON object, no larger than MAX_JSON_BYTES and free of NaN, or DamagedError."""
-    if len(data) > MAX_JSON_BYTES:
-        raise DamagedError(f"{path}: {len(data):,} bytes of JSON is more than any store needs")
-    try:
-        value = json.loads(data, parse_constant=_refuse)
-    except (ValueError, RecursionError) as e:
-        raise DamagedError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise DamagedError(f"{path}: expected a JSON object")
-    return value
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not allowed")
+        record = build(cls, values)
+        if isinstance(record, Record):
+            record.vet()
+    except (SettingsError, DamagedError) as e:
+        raise DamagedError(f"{path}: {str(e)[:1000]}") from None
+    return record

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from actcache.store.errors import DamagedError
 from actcache.store.layout import DTYPES
 from actcache.store.schema import HookInfo
+from actcache.store.untrusted import open_file
 
 _CRC = 4
 _ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -38,14 +39,15 @@ def check_crc(data: bytes | memoryview, what: str) -> memoryview:
 class ShardReader:
     """Rows of one hook of one segment: shape (n_rows, d)."""
 
-    def __init__(self, path: Path, info: HookInfo, n_rows: int, what: str) -> None:
-        """`what` names segment and hook in errors. Nothing is read yet."""
-        self.path, self.info, self.n_rows, self.what = path, info, n_rows, what
+    def __init__(self, root: Path, path: Path, info: HookInfo, n_rows: int, what: str) -> None:
+        """`root` is the store's; `what` names segment and hook in errors. Nothing is read yet."""
+        self.root, self.path, self.info, self.n_rows, self.what = root, path, info, n_rows, what
         self.dtype = DTYPES[info.dtype]
         self.d, self.chunk_rows = info.d, info.chunk_rows
         self.n_chunks = -(-n_rows // info.chunk_rows)
-        self.chunk_bytes = info.chunk_rows * info.d * self.dtype.itemsize
+        self.chunk_bytes = info.chunk_bytes
         self._offsets: NDArray[np.uint64] | None = None
+        self._inside = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +56,7 @@ class ShardReader:
     @property
     def shard_bytes(self) -> int:
         """Size of the whole file."""
-        return self.n_chunks * (self.chunk_bytes + _CRC + 16) + _CRC
+        return self.info.shard_bytes(self.n_rows)
 
     def rows_in(self, chunk: int) -> int:
         """Rows of inner chunk `chunk`; the last one may be short."""
@@ -87,26 +89,27 @@ class ShardReader:
         lost = np.flatnonzero((index == _ABSENT).any(axis=1))
         if len(lost):
             raise DamagedError(f"{self.what}: inner chunk {lost[0]} was never written")
-        ends = index[:, 0] + index[:, 1]
-        limit = self.shard_bytes - size
-        if (index[:, 1] != self.chunk_bytes + _CRC).any() or (ends > limit).any():
+        length = self.chunk_bytes + _CRC
+        # Side by side in any order: no chunk stands for two, none lies elsewhere.
+        places = np.arange(self.n_chunks, dtype=np.uint64) * np.uint64(length)
+        if (index[:, 1] != length).any() or (np.sort(index[:, 0]) != places).any():
             raise DamagedError(f"{what}: entries do not fit the array's shape")
         return index[:, 0].copy()
 
     def _pread(self, offset: int, size: int, what: str) -> bytes:
         try:
-            fd = os.open(self.path, os.O_RDONLY)
+            with open_file(None if self._inside else self.root, self.path) as file:
+                self._inside = True  # links are followed once, not for every chunk
+                found = os.fstat(file.fileno()).st_size
+                if found != self.shard_bytes:
+                    raise DamagedError(
+                        f"{what}: {self.path} has {found:,} bytes, expected {self.shard_bytes:,}"
+                    )
+                data = os.pread(file.fileno(), size, offset)
         except FileNotFoundError:
             raise DamagedError(f"{what}: {self.path} is missing") from None
-        try:
-            found = os.fstat(fd).st_size
-            if found != self.shard_bytes:
-                raise DamagedError(
-                    f"{what}: {self.path} has {found:,} bytes, expected {self.shard_bytes:,}"
-                )
-            data = os.pread(fd, size, offset)
-        finally:
-            os.close(fd)
+        except OSError as e:
+            raise DamagedError(f"{what}: {self.path} cannot be read: {e.strerror}") from e
         if len(data) != size:
             raise DamagedError(f"{what}: short read of {self.path} at {offset}")
         return data

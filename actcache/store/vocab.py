@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from pathlib import Path
 
 from actcache.store.errors import DamagedError
 from actcache.store.ids import canonical_json
-from actcache.store.schema import parse_json
+from actcache.store.untrusted import parse_json
 
 
 def encode_vocab(tokens: list[bytes]) -> bytes:
@@ -18,7 +17,11 @@ def encode_vocab(tokens: list[bytes]) -> bytes:
 
 def decode_vocab(data: bytes, path: Path) -> list[bytes]:
     """Inverse of `encode_vocab`. Raises DamagedError, naming `path`."""
+    values = parse_json(data, path)
+    tokens = values.get("tokens")
+    if set(values) != {"tokens"} or not isinstance(tokens, list):
+        raise DamagedError(f"{path} is not a vocabulary: expected one list, 'tokens'")
     try:
-        return [base64.b64decode(t, validate=True) for t in parse_json(data, path)["tokens"]]
-    except (KeyError, TypeError, binascii.Error) as e:
+        return [base64.b64decode(t, validate=True) for t in tokens]
+    except (TypeError, ValueError) as e:
         raise DamagedError(f"{path} is not a vocabulary: {e}") from None

@@ -22,7 +22,7 @@ from actcache.store.encode import encode_acts, encode_group, encode_tokens
 from actcache.store.errors import DamagedError, IdentityError, StoreError
 from actcache.store.ids import bytes_digest, diff, file_digest
 from actcache.store.publish import PARTIAL, publish
-from actcache.store.reader import read_record
+from actcache.store.reader import read_record, snapshot_numbers
 from actcache.store.schema import (
     Commit,
     CommittedHook,
@@ -34,6 +34,7 @@ from actcache.store.schema import (
     dump,
 )
 from actcache.store.stats import HookStats
+from actcache.store.untrusted import inside
 
 
 class StoreWriter:
@@ -48,7 +49,9 @@ class StoreWriter:
         """
         self.path = path.expanduser()
         self._create(identity, files)
-        self.identity = read_record(Identity, self.path / layout.STORE_JSON)
+        for name in layout.FOLDERS:
+            inside(self.path, self.path / name)
+        self.identity = read_record(Identity, self.path, self.path / layout.STORE_JSON)
         self._refuse_other(identity)
         self.commits: dict[str, list[Commit]] = {}
         self._known: set[str] = set()
@@ -60,7 +63,7 @@ class StoreWriter:
         """Learn of commits that other writers have made."""
         for file in sorted((self.path / layout.COMMITS).glob("u*.json")):
             if file.name not in self._known:
-                self._add(read_record(Commit, file))
+                self._add(read_record(Commit, self.path, file))
 
     def _add(self, commit: Commit) -> None:
         if commit.file not in self._known:
@@ -181,7 +184,7 @@ class StoreWriter:
             publish(file, dump(commit))
         except FileExistsError:
             shutil.rmtree(self.path / commit.folder)
-            commit = read_record(Commit, file)
+            commit = read_record(Commit, self.path, file)
         self._add(commit)
         return commit
 
@@ -224,9 +227,11 @@ class StoreWriter:
         return SnapshotEntry(segment=segment, rows=commits[0].rows, commits=files)
 
     def _newest_snapshot(self) -> SnapshotRecord | None:
-        folder = self.path / layout.SNAPSHOTS
-        files = sorted(folder.glob("[0-9]*.json"), key=lambda p: int(p.stem))
-        return read_record(SnapshotRecord, files[-1]) if files else None
+        numbers = snapshot_numbers(self.path)
+        if not numbers:
+            return None
+        file = self.path / layout.SNAPSHOTS / f"{numbers[-1]}.json"
+        return read_record(SnapshotRecord, self.path, file)
 
 
 def _publish_once(path: Path, data: bytes) -> None:
