@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,61 @@ def parse_part(part: str) -> tuple[int, int]:
     raise SettingsError(f"part={part}: expected i/n with 1 <= i <= n, such as part=3/16")
 
 
+class WriteBehind:
+    """Segments through the host, each written in a thread while the next one is computed."""
+
+    def __init__(self, writer: StoreWriter, capture: LazyCapture) -> None:
+        self.computed = 0  # rows that went through the host
+        self._writer, self._capture = writer, capture
+        self._pool = ThreadPoolExecutor(1, "write")
+        self._queue: deque[Future[Commit]] = deque()
+
+    def add(
+        self,
+        contexts: Sequence[Context],
+        advance: Callable[[int], object],
+        *,
+        unit: int,
+        index: int,
+        last_in_unit: bool,
+    ) -> None:
+        """Run one segment through the host and hand it to the writing thread."""
+        tokens, acts = self._capture.builder.build(contexts, advance)
+        self.settle(WRITES - 1)
+        self._queue.append(
+            self._pool.submit(
+                self._writer.write_segment,
+                unit=unit,
+                index=index,
+                last_in_unit=last_in_unit,
+                tokens=tokens,
+                acts=[(info, acts[info.name]) for info in self._capture.infos],
+                writer=self._capture.recorded,
+            )
+        )
+        self.computed += len(tokens)
+
+    def settle(self, waiting: int = 0) -> None:
+        """Wait until at most `waiting` segments are unwritten; raises what a write raised."""
+        while len(self._queue) > waiting:
+            self._queue.popleft().result()
+
+    def share(self, walk: Callable[[Claims], bool]) -> bool:
+        """Do `walk` again and again while it says that others hold some of its work.
+
+        True if Ctrl-C ended it; what has been computed by then is written.
+        """
+        claims = Claims(self._writer.path / CLAIMS, uuid.uuid4().hex[:8])
+        with self._pool, claims:
+            try:
+                while walk(claims):
+                    time.sleep(POLL)
+            except KeyboardInterrupt:
+                self.settle()  # whole segments are worth a moment
+                return True
+        return False
+
+
 class Filler:
     """One call of `actcache run` on one store."""
 
@@ -60,13 +115,17 @@ class Filler:
     ) -> None:
         self.settings, self.source, self.packing = settings, source, packing
         self.writer, self.capture, self.say = writer, capture, say
-        self.computed = 0  # rows that went through the host in this call
+        self._written = WriteBehind(writer, capture)
         self._ids = capture.activation_ids
         self._plan = self._ordered()
         self._seen: list[Unit] = []  # units looked at so far, in plan order
-        self._queue: deque[Future[Commit]] = deque()
         self._ended = False  # a stream has no more units
         self._total = 0  # bytes of the whole plan, once known
+
+    @property
+    def computed(self) -> int:
+        """Rows that went through the host in this call."""
+        return self._written.computed
 
     # -- the plan ---------------------------------------------------------------------------------
 
@@ -123,7 +182,6 @@ class Filler:
         if self.writer.commits:
             rows = sum(c[0].rows for c in self.writer.commits.values())
             self.say(f"continuing: {rows:,} tokens are committed already")
-        claims = Claims(self.writer.path / CLAIMS, uuid.uuid4().hex[:8])
         bar = tqdm(
             total=budget,
             unit="tok",
@@ -131,13 +189,8 @@ class Filler:
             desc="caching",
             disable=not self.settings.progress,
         )
-        with bar, ThreadPoolExecutor(1, "write") as pool, claims:
-            self._pool = pool
-            try:
-                while self._walk(claims, bar):
-                    time.sleep(POLL)
-            except KeyboardInterrupt:
-                self._settle(0)  # whole segments are worth a moment
+        with bar:
+            if self._written.share(lambda claims: self._walk(claims, bar)):
                 return True
         rows = sum(self.writer.commits[s][0].rows for s in self.wanted())
         if budget is not None and rows < budget and self.settings.part is None:
@@ -155,7 +208,7 @@ class Filler:
                 name = f"u{unit.number:05d}"
                 if claims.acquire(name):
                     self._fill_unit(unit, before, bar)
-                    self._settle(0)
+                    self._written.settle()
                     claims.release(name)
                 else:
                     busy = True
@@ -192,29 +245,11 @@ class Filler:
             segment = segment_id(unit.number, index)
             rows = sum(map(len, chunk))
             if not self.writer.has(segment, self._ids):
-                self._fill_segment(unit, index, chunk, not following, bar)
-                self.computed += rows
+                self._written.add(
+                    chunk,
+                    bar.update,
+                    unit=unit.number,
+                    index=index,
+                    last_in_unit=not following,
+                )
             before, chunk, index = before + rows, following, index + 1
-
-    def _fill_segment(
-        self, unit: Unit, index: int, chunk: list[Context], last: bool, bar: Any
-    ) -> None:
-        """Run one segment through the host and hand it to the writing thread."""
-        tokens, acts = self.capture.builder.build(chunk, bar.update)
-        self._settle(WRITES - 1)
-        self._queue.append(
-            self._pool.submit(
-                self.writer.write_segment,
-                unit=unit.number,
-                index=index,
-                last_in_unit=last,
-                tokens=tokens,
-                acts=[(info, acts[info.name]) for info in self.capture.infos],
-                writer=self.capture.recorded,
-            )
-        )
-
-    def _settle(self, waiting: int) -> None:
-        """Wait until at most `waiting` segments are unwritten; raises what a write raised."""
-        while len(self._queue) > waiting:
-            self._queue.popleft().result()
