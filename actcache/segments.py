@@ -55,13 +55,20 @@ class SegmentBuilder:
 
         Raises NonFiniteError.
         """
-        parts: dict[str, list[NDArray[Any]]] = {p.name: [] for p in self._points}
+        kept: dict[str, Tensor] = {}  # (n, d) by hook, filled batch by batch
+        n, first = sum(map(len, contexts)), 0
         for start in range(0, len(contexts), self._batch):
             batch = contexts[start : start + self._batch]
+            last = first + sum(map(len, batch))
             for name, rows in self._run(batch).items():
-                parts[name].append(self._stored(name, rows, batch, start))
-            advance(sum(map(len, batch)))
-        return token_table(contexts), {name: np.concatenate(p) for name, p in parts.items()}
+                if name not in kept:
+                    kept[name] = torch.empty(n, rows.shape[1], dtype=_TORCH[self._dtype])
+                stored = kept[name][first:last].copy_(rows)
+                if not _finite(stored):
+                    raise NonFiniteError(_where(name, stored, batch, start, self._dtype))
+            advance(last - first)
+            first = last
+        return token_table(contexts), {name: _array(x) for name, x in kept.items()}
 
     def _run(self, batch: Sequence[Context]) -> dict[str, Tensor]:
         """Activations (rows, d) of the real tokens, by hook."""
@@ -83,19 +90,23 @@ class SegmentBuilder:
                     f"hook {name!r} has shape {tuple(x.shape)} for {tuple(ids_BT.shape)} tokens: "
                     "it does not carry one vector per token"
                 )
+        if bool(real_BT.all()):
+            return {name: x.flatten(0, 1) for name, x in found.items()}
         keep = real_BT.bool().to(self._device)
         return {name: x[keep] for name, x in found.items()}
 
-    def _stored(
-        self, name: str, rows: Tensor, batch: Sequence[Context], first: int
-    ) -> NDArray[Any]:
-        stored = rows.to(_TORCH[self._dtype])
-        if not bool(torch.isfinite(stored).all()):
-            raise NonFiniteError(_where(name, stored, batch, first, self._dtype))
-        if stored.dtype == torch.bfloat16:
-            return stored.cpu().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
-        array: NDArray[Any] = stored.cpu().numpy()
-        return array
+
+def _finite(x: Tensor) -> bool:
+    """Whether all values are finite. Their sum tells, for a tenth of the cost; it may overflow."""
+    return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    """The same memory as a numpy array of the storage type."""
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.uint16).numpy().view(DTYPES["bfloat16"])
+    array: NDArray[Any] = x.numpy()
+    return array
 
 
 def token_table(contexts: Sequence[Context]) -> TokenTable:
