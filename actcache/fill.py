@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from actcache import canary
 from actcache.capture import LazyCapture
 from actcache.data import Context, Packing, contexts
 from actcache.sources import Source, Unit
@@ -52,7 +53,6 @@ class WriteBehind:
     def __init__(self, writer: StoreWriter, capture: LazyCapture) -> None:
         self.computed = 0  # rows that went through the host
         self._writer, self._capture = writer, capture
-        self._pool = ThreadPoolExecutor(1, "write")
         self._queue: deque[Future[Commit]] = deque()
 
     def add(
@@ -91,7 +91,7 @@ class WriteBehind:
         True if Ctrl-C ended it; what has been computed by then is written.
         """
         claims = Claims(self._writer.path / CLAIMS, uuid.uuid4().hex[:8])
-        with self._pool, claims:
+        with ThreadPoolExecutor(1, "write") as self._pool, claims:
             try:
                 while walk(claims):
                     time.sleep(POLL)
@@ -120,6 +120,8 @@ class Filler:
         self._plan = self._ordered()
         self._seen: list[Unit] = []  # units looked at so far, in plan order
         self._ended = False  # a stream has no more units
+        self._empty: set[int] = set()  # units without a token
+        self._canary = False  # it is in the store
         self._total = 0  # bytes of the whole plan, once known
 
     @property
@@ -210,6 +212,7 @@ class Filler:
                     self._fill_unit(unit, before, bar)
                     self._written.settle()
                     claims.release(name)
+                    self._write_canary()
                 else:
                     busy = True
             self.writer.refresh()
@@ -230,6 +233,17 @@ class Filler:
             )
             bar.total = max(bar.n, int(rows * self._total / max(1, done)))
 
+    def _write_canary(self) -> None:
+        """While the host is loaded and the plan's first segment is committed: its canary, once."""
+        if not self.computed or self._canary:
+            return
+        for unit in self._seen:
+            if commits := self._commits(unit):
+                canary.write(self.writer, commits[0].segment, self.capture)
+                self._canary = True
+            if commits or unit.number not in self._empty:
+                return
+
     def _done(self, unit: Unit) -> bool:
         commits = self._commits(unit)
         return bool(commits) and commits[-1].last_in_unit
@@ -239,6 +253,8 @@ class Filler:
         per_segment = self.writer.identity.layout.segment_rows // self.packing.context
         stream = contexts(self.source.read(unit), self.capture.tokenizer, self.packing)
         chunk, index = list(islice(stream, per_segment)), 0
+        if not chunk:
+            self._empty.add(unit.number)
         self._ended = self._ended or (not chunk and self.source.identity["kind"] != "parquet")
         while chunk and not self._enough(before):
             following = list(islice(stream, per_segment))

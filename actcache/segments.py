@@ -43,6 +43,17 @@ class SegmentBuilder:
         self._model, self._points, self._device = model, points, device
         self._batch, self._dtype, self._cross = batch_contexts, dtype, cross_documents
 
+    def alone(self) -> SegmentBuilder:
+        """The same host, one context at a time, with rows in float32: for canaries."""
+        return SegmentBuilder(
+            self._model,
+            self._points,
+            device=self._device,
+            batch_contexts=1,
+            dtype="float32",
+            cross_documents=self._cross,
+        )
+
     def widths(self) -> dict[str, int]:
         """d of every hook, from a forward pass over two tokens. HookError if one is silent."""
         probe = Context(np.zeros(2, np.uint32), np.zeros(2, np.uint64), np.zeros(2, np.uint8))

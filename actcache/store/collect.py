@@ -1,8 +1,8 @@
 """Garbage: what writers that died have left in a store. Nothing else is ever removed.
 
-Three kinds: folders of segments that no commit names, temporary files, and dead claims. Anything
-younger than a grace period stays, because a living writer may be about to commit it. Files that
-are not ours are not touched.
+Three kinds: folders of segments and canaries that no record names, temporary files, dead claims.
+Anything younger than a grace period stays, because a living writer may be about to commit it. Files
+that are not ours are not touched.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.store import layout
+from actcache.store.canaries import CanaryRecord, canary_files
 from actcache.store.claims import Claims
 from actcache.store.publish import PARTIAL
 from actcache.store.reader import read_record
@@ -21,7 +22,7 @@ from actcache.store.schema import Commit
 from actcache.store.untrusted import inside
 
 GRACE = 3600.0  # seconds
-_ATTEMPT = re.compile(rf"{layout.SEGMENT_ID.pattern}\.[0-9a-f]{{8}}")
+_ATTEMPT = re.compile(rf"({layout.SEGMENT_ID.pattern}|[0-9a-f]{{12}})\.[0-9a-f]{{8}}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ def find_garbage(root: Path, grace: float = GRACE) -> list[Garbage]:
         inside(root, root / name)  # nothing is removed outside the store
     claims = Claims(root / layout.CLAIMS, "gc")
     now = claims.now()
-    candidates = [*_attempts(root), *_partials(root), *_dead_claims(root, claims)]
+    commits = (read_record(Commit, root, f) for f in (root / layout.COMMITS).glob("u*.json"))
+    canaries = (read_record(CanaryRecord, root, f) for f in canary_files(root))
+    named = {root / r.folder for records in (commits, canaries) for r in records}
+    attempts, partials = _attempts(root, named), _partials(root, named)
+    candidates = [*attempts, *partials, *_dead_claims(root, claims)]
     return [Garbage(p, _size(p)) for p in candidates if now - _newest(p) >= grace]
 
 
@@ -52,17 +57,21 @@ def remove(garbage: list[Garbage]) -> int:
     return sum(item.bytes for item in garbage)
 
 
-def _attempts(root: Path) -> Iterator[Path]:
-    commits = (read_record(Commit, root, f) for f in (root / layout.COMMITS).glob("u*.json"))
-    named = {root / c.folder for c in commits}
-    for folder in sorted((root / layout.SEGMENTS).glob("u*")):
+def _attempts(root: Path, named: set[Path]) -> Iterator[Path]:
+    folders = (*(root / layout.SEGMENTS).glob("u*"), *(root / layout.CANARIES).glob("*.*"))
+    for folder in sorted(folders):
         if _ATTEMPT.fullmatch(folder.name) and folder not in named and not folder.is_symlink():
             yield folder
 
 
-def _partials(root: Path) -> Iterator[Path]:
-    for folder in (root, *(root / n for n in (layout.COMMITS, layout.SNAPSHOTS, layout.CLAIMS))):
+def _partials(root: Path, named: set[Path]) -> Iterator[Path]:
+    """Unfinished files; in a committed segment they come from a copy that was interrupted."""
+    names = (layout.COMMITS, layout.SNAPSHOTS, layout.CANARIES, layout.CLAIMS)
+    for folder in (root, *(root / name for name in names)):
         yield from sorted(folder.glob(f".*{PARTIAL}"))
+    for folder in sorted(named):
+        if not folder.is_symlink():
+            yield from sorted(folder.rglob(f".*{PARTIAL}"))
 
 
 def _dead_claims(root: Path, claims: Claims) -> Iterator[Path]:

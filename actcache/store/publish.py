@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from actcache.store.errors import OutOfSpaceError, StoreError
 
@@ -22,14 +25,24 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     Raises FileExistsError if the name is taken (its bytes are untouched), OutOfSpaceError if the
     disk is full, StoreError if the folder cannot be written.
     """
+    with publishing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[BinaryIO]:
+    """Create `path` from what the body writes into the file it is given.
+
+    If the body raises, nothing is published. Raises as `publish`.
+    """
     temporary = path.parent / f".{path.name[:80]}.{uuid.uuid4().hex}{PARTIAL}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -37,7 +50,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     except FileExistsError:
         raise
     except OSError as e:
-        raise _explain(e, path, len(data)) from e
+        raise _explain(e, path) from e
 
 
 def sync_folder(folder: Path) -> None:
@@ -49,10 +62,10 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _explain(e: OSError, path: Path, size: int) -> StoreError:
+def _explain(e: OSError, path: Path) -> StoreError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutOfSpaceError(
-            f"no space left while writing {path} ({size:,} bytes). Everything committed before is "
-            "intact; free some space and run the same command again to continue"
+            f"no space left while writing {path}. Everything committed before is intact; "
+            "free some space and run the same command again to continue"
         )
     return StoreError(f"cannot write {path}: {e.strerror or e}")

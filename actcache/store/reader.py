@@ -260,18 +260,7 @@ class Segment:
 
     def tokens(self) -> layout.TokenTable:
         """The token table, checksums checked."""
-        columns = []
-        for name, dtype in layout.TOKEN_COLUMNS.items():
-            what = f"segment {self.id}, tokens/{name}"
-            path = self.path / "tokens" / name / "c" / "0"
-            columns.append(_read_column(self.root, path, dtype, self.n_rows, what))
-        table = layout.TokenTable(*columns)
-        if max(table.ctx.max(), table.pos.max()) >= self.n_rows:
-            raise DamagedError(
-                f"segment {self.id}: a number of a context or position is beyond its "
-                f"{self.n_rows:,} rows"
-            )
-        return table
+        return read_table(self.root, self.path, self.n_rows, f"segment {self.id}")
 
     def acts(self, hook: str) -> ShardReader:
         """Reader of one hook's rows, (n_rows, d)."""
@@ -279,6 +268,18 @@ class Segment:
         info = committed.info
         path = self.root / commit.folder / "acts" / info.key / "c" / "0" / "0"
         return ShardReader(self.root, path, info, self.n_rows, f"segment {self.id}, hook {hook}")
+
+
+def read_table(root: Path, group: Path, n: int, what: str) -> layout.TokenTable:
+    """The token table of `n` rows in the zarr group `group`, checksums checked. DamagedError."""
+    columns = []
+    for name, dtype in layout.TOKEN_COLUMNS.items():
+        path = group / "tokens" / name / "c" / "0"
+        columns.append(_read_column(root, path, dtype, n, f"{what}, tokens/{name}"))
+    table = layout.TokenTable(*columns)
+    if max(table.ctx.max(), table.pos.max()) >= n:
+        raise DamagedError(f"{what}: a number of a context or position is beyond its {n:,} rows")
+    return table
 
 
 def _read_column(root: Path, path: Path, dtype: np.dtype[Any], n: int, what: str) -> NDArray[Any]:

@@ -13,8 +13,9 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from actcache.store.errors import DamagedError
 
@@ -37,7 +38,7 @@ def inside(root: Path, path: Path) -> Path:
     return path
 
 
-def open_file(root: Path | None, path: Path) -> BinaryIO:
+def open_file(root: Path | None, path: Path) -> FileIO:
     """A regular file of the store at `root`, unbuffered. DamagedError or OSError.
 
     `root` is None for a path that was checked before.
@@ -45,7 +46,7 @@ def open_file(root: Path | None, path: Path) -> BinaryIO:
     if root is not None:
         inside(root, path)
     # Without O_NONBLOCK a named pipe would be waited for, for ever.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise DamagedError(f"{path} is not a file")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.store.errors import DamagedError
-from actcache.store.ids import digest, file_digest, store_digest
+from actcache.store.canaries import canary_files, read_canary
+from actcache.store.errors import DamagedError, StoreError
+from actcache.store.ids import bytes_digest, digest, store_digest
 from actcache.store.layout import STORE_JSON, VOCAB_JSON
-from actcache.store.reader import Segment, Snapshot
+from actcache.store.reader import Segment, Snapshot, Store
+from actcache.store.schema import StoredObject
+from actcache.store.untrusted import MAX_JSON_BYTES, open_file, read_file
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,39 @@ def verify(snapshot: Snapshot) -> Iterator[Check]:
     yield _check_vocab(snapshot)
     for segment in snapshot.segments:
         yield from _check_segment(segment)
+    for file in canary_files(snapshot.store.path):
+        yield from _check_canary(snapshot.store, file)
+
+
+def _check_canary(store: Store, file: Path) -> Iterator[Check]:
+    try:
+        canary = read_canary(store, file)
+    except StoreError as e:
+        yield Check(str(file.relative_to(store.path)), 0, str(e))
+        return
+    yield from _check_objects(store.path, canary.record.objects)
+
+
+def _check_objects(root: Path, objects: Iterable[StoredObject]) -> Iterator[Check]:
+    for stored in objects:
+        problem = _problem(root, root / stored.key, stored.bytes, stored.sha256)
+        yield Check(stored.key, stored.bytes, problem)
 
 
 def _check_identity(snapshot: Snapshot) -> Check:
     found = snapshot.store.identity
     stream = digest(found.token_stream)
     store = store_digest(stream, found.host)
-    problem = ""
     if (stream, store) != (found.token_stream_id, found.store_id):
-        problem = "its ids do not follow from its fields"
-    if file_digest(snapshot.store.path / STORE_JSON) != snapshot.record.identity_sha256:
-        problem = "bytes do not match the digest in the snapshot"
-    return Check(STORE_JSON, (snapshot.store.path / STORE_JSON).stat().st_size, problem)
+        return Check(STORE_JSON, 0, "its ids do not follow from its fields")
+    root = snapshot.store.path
+    try:
+        data = read_file(root, root / STORE_JSON, MAX_JSON_BYTES)
+    except DamagedError as e:
+        return Check(STORE_JSON, 0, str(e))
+    same = bytes_digest(data) == snapshot.record.identity_sha256
+    problem = "" if same else "bytes do not match the digest in the snapshot"
+    return Check(STORE_JSON, len(data), problem)
 
 
 def _check_vocab(snapshot: Snapshot) -> Check:
@@ -52,15 +78,14 @@ def _check_vocab(snapshot: Snapshot) -> Check:
 def _check_segment(segment: Segment) -> Iterator[Check]:
     try:
         commits = segment.commits
-    except DamagedError as e:
+        for special in (False, True):
+            for hook in segment.hooks:
+                segment.stats(hook, special)
+    except StoreError as e:
         yield Check(f"commits of {segment.id}", 0, str(e))
         return
     for commit in commits:
-        for stored in commit.objects:
-            path = segment.root / stored.key
-            yield Check(stored.key, stored.bytes, _problem(path, stored.bytes, stored.sha256))
-    if all(c.rows != segment.n_rows for c in commits):
-        yield Check(f"commits of {segment.id}", 0, "row counts of commit and snapshot differ")
+        yield from _check_objects(segment.root, commit.objects)
     try:
         table = segment.tokens().digest()
     except DamagedError:
@@ -69,12 +94,16 @@ def _check_segment(segment: Segment) -> Iterator[Check]:
         yield Check(f"tokens of {segment.id}", 0, "token table differs from the committed digest")
 
 
-def _problem(path: Path, size: int, sha256: str) -> str:
+def _problem(root: Path, path: Path, size: int, sha256: str) -> str:
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"has {found:,} bytes, expected {size:,}"
-        return "" if file_digest(path) == sha256 else "bytes do not match their digest"
+        with open_file(root, path) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                return f"has {found:,} bytes, expected {size:,}"
+            same = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" == sha256
+            return "" if same else "bytes do not match their digest"
+    except DamagedError as e:
+        return str(e)
     except FileNotFoundError:
         return "is missing"
     except OSError as e:

@@ -84,28 +84,14 @@ class StoreWriter:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise StoreError(f"store={self.path}: cannot write there: {e.strerror}") from e
-        strangers = [p.name for p in self.path.iterdir() if not self._ours(p.name)]
-        if strangers:
-            raise StoreError(
-                f"{self.path} is not empty and is not a store; it holds {min(strangers)!r}. "
-                "Choose another folder with store=PATH"
-            )
+        refuse_strangers(self.path)
         for name, data in files.items():
             _publish_once(self.path / name, data)
         _publish_once(file, dump(identity))
 
-    @staticmethod
-    def _ours(name: str) -> bool:
-        """Names that a run which died while it created the store may have left."""
-        return name in (layout.VOCAB_JSON, layout.STORE_JSON) or name.endswith(PARTIAL)
-
     def _refuse_other(self, asked: Identity) -> None:
         found = self.identity
-        lines = [
-            *diff(found.token_stream, asked.token_stream, "token_stream."),
-            *diff(found.host, asked.host, "host."),
-            *diff(vars(found.layout), vars(asked.layout), "layout."),
-        ]
+        lines = identity_diff(found, asked)
         if lines:
             raise IdentityError(
                 f"{self.path} holds other work than you ask for:\n  "
@@ -153,29 +139,10 @@ class StoreWriter:
             documents=int(np.count_nonzero(tokens.flags & layout.FLAG_DOC_START)),
             token_digest=tokens.digest(),
             hooks=tuple(_committed(info, rows, plain) for info, rows in acts),
-            objects=tuple(self._publish_objects(folder, tokens, acts)),
+            objects=tuple(publish_group(self.path, folder, tokens, acts)),
             writer=dict(writer),
         )
         return self._commit(commit)
-
-    def _publish_objects(
-        self,
-        folder: str,
-        tokens: layout.TokenTable,
-        acts: Sequence[tuple[HookInfo, NDArray[Any]]],
-    ) -> list[StoredObject]:
-        streams = [
-            encode_group(folder),
-            encode_group(f"{folder}/tokens"),
-            encode_tokens(f"{folder}/tokens", tokens),
-            encode_group(f"{folder}/acts"),
-            *(encode_acts(f"{folder}/acts", rows, info) for info, rows in acts),
-        ]
-        objects = []
-        for key, data in (item for stream in streams for item in stream):
-            publish(self.path / key, data)
-            objects.append(StoredObject(key=key, bytes=len(data), sha256=bytes_digest(data)))
-        return objects
 
     def _commit(self, commit: Commit) -> Commit:
         """Publish the record; if another writer did the same work first, ours is removed."""
@@ -232,6 +199,48 @@ class StoreWriter:
             return None
         file = self.path / layout.SNAPSHOTS / f"{numbers[-1]}.json"
         return read_record(SnapshotRecord, self.path, file)
+
+
+def identity_diff(found: Identity, asked: Identity) -> list[str]:
+    """Lines for every field in which two identities differ; empty for the same work."""
+    return [
+        *diff(found.token_stream, asked.token_stream, "token_stream."),
+        *diff(found.host, asked.host, "host."),
+        *diff(vars(found.layout), vars(asked.layout), "layout."),
+    ]
+
+
+def refuse_strangers(path: Path) -> None:
+    """StoreError if a folder without store.json holds anything but what a dead run left there."""
+    ours = (layout.VOCAB_JSON, layout.STORE_JSON)
+    names = [p.name for p in path.iterdir()] if path.is_dir() else []
+    strangers = [n for n in names if n not in ours and not n.endswith(PARTIAL)]
+    if strangers:
+        raise StoreError(
+            f"{path} is not empty and is not a store; it holds {min(strangers)!r}. "
+            "Choose another folder with store=PATH"
+        )
+
+
+def publish_group(
+    root: Path,
+    folder: str,
+    tokens: layout.TokenTable,
+    acts: Sequence[tuple[HookInfo, NDArray[Any]]],
+) -> list[StoredObject]:
+    """Publish a token table and hooks as the zarr group `folder` of the store at `root`."""
+    streams = [
+        encode_group(folder),
+        encode_group(f"{folder}/tokens"),
+        encode_tokens(f"{folder}/tokens", tokens),
+        encode_group(f"{folder}/acts"),
+        *(encode_acts(f"{folder}/acts", rows, info) for info, rows in acts),
+    ]
+    objects = []
+    for key, data in (item for stream in streams for item in stream):
+        publish(root / key, data)
+        objects.append(StoredObject(key=key, bytes=len(data), sha256=bytes_digest(data)))
+    return objects
 
 
 def _publish_once(path: Path, data: bytes) -> None:
