@@ -17,9 +17,10 @@ from actcache.data import Packing
 from actcache.hooks import HookPoint
 from actcache.host import Host
 from actcache.segments import SegmentBuilder
-from actcache.store import HookInfo, Identity
+from actcache.store import HookInfo, Identity, IdentityError
 from actcache.store.ids import digest
 from actcache.store.layout import DTYPES, chunk_rows
+from actcache.store.writer import StoreWriter
 
 
 class LazyCapture:
@@ -72,7 +73,23 @@ class LazyCapture:
 
     @property
     def activation_ids(self) -> set[str]:
-        return {activation_id(self._identity.store_id, p, self._dtype) for p in self._points}
+        return set(self._ids.values())
+
+    @property
+    def _ids(self) -> dict[str, str]:
+        store = self._identity.store_id
+        return {p.name: activation_id(store, p, self._dtype) for p in self._points}
+
+    def refuse_other_types(self, writer: StoreWriter) -> None:
+        """IdentityError if the store holds one of the hooks in another storage type."""
+        ids = self._ids
+        for hook in (h.info for cs in writer.commits.values() for c in cs for h in c.hooks):
+            if ids.get(hook.name, hook.activation_id) != hook.activation_id:
+                raise IdentityError(
+                    f"hook {hook.name}: {writer.path} holds it as {hook.dtype}, you asked for "
+                    f"{self._dtype}. A store keeps one type per hook: use "
+                    f"layout.dtype={hook.dtype}, or another folder with store=PATH"
+                )
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""The command `actcache`: run, plan, info, verify. The only module here that imports Hydra."""
+"""The command `actcache`. The only module here that imports Hydra: what takes settings (run, plan,
+find, add-hooks) is composed here, the rest is in commands.py.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -16,28 +19,49 @@ from actcache.store.records import build
 USAGE = """\
 actcache: cache the activations of a language model, once, for every SAE
 
-  actcache run host=HOST data=DATA store=PATH [key=value …]
+  actcache run host=HOST data=DATA [store=PATH] [key=value …]
       cache activations; the same command continues an interrupted run
       actcache run host=demo data=pydocs hooks=resid layers=[1,2,3] tokens=500_000 store=stores/demo
       actcache run --help     all keys and the known hosts and data sets
   actcache plan host=HOST hooks=HOOKS tokens=N [plan.gpus=8 …] [--json]
       disk, memory, hours and break-even of such a run, from the model's config.json alone
+  actcache find host=HOST data=DATA [key=value …] [--catalog PATH] [--json]
+      whether a store holds this work, what a run would compute, how others differ;
+      exit status 3 if anything is left to compute
+  actcache add-hooks STORE host=HOST hooks=HOOKS [layers=[…]] [--json]
+      further hooks of the tokens in a store; needs no data
+  actcache ls [--catalog PATH] [--prune] [--json]
+      the stores that this machine knows
   actcache info STORE [--snapshot N] [--json]
       identity, hooks, tokens, bytes, statistics
   actcache verify STORE [--snapshot N] [--json]
       check every byte against its digest
+  actcache cp SOURCE TARGET [--snapshot N] [--hooks A,B] [--json]
+      copy a store, every byte checked; the same command continues an interrupted copy
+  actcache gc STORE [--older-than SECONDS] [--dry-run] [--json]
+      remove what dead writers left, nothing else
 """
 INTERRUPTED = 130
+TO_COMPUTE = 3
+SHOWN = {"host": "demo", "data": "pydocs"}  # in --help, where neither is chosen
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script. Exits with 0, 1 (error), 2 (usage) or 130 (Ctrl-C)."""
+    """Entry point of the console script.
+
+    Exits with 0, 1 (error), 2 (usage), 3 (find: something is left to compute) or 130 (Ctrl-C).
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     known: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "plan": _plan,
+        "find": _find,
+        "add-hooks": _add_hooks,
+        "ls": commands.ls,
         "info": commands.info,
         "verify": commands.verify,
+        "cp": commands.cp,
+        "gc": commands.gc,
     }
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -76,6 +100,7 @@ def _compose(
 ) -> int:
     """Compose conf/cache.yaml with `args` and exit with `act(values)`; `unused` may be missing."""
     import hydra
+    from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="cache")
@@ -92,15 +117,30 @@ def _compose(
             print(f"error: {e}", file=sys.stderr)
             sys.exit(1)
 
+    if {"-h", "--help"} & set(args):  # needs a host and data to show all keys
+        chosen = {a.split("=")[0] for a in args}
+        args = [*args, *(f"{k}={v}" for k, v in SHOWN.items() if k not in chosen)]
     sys.argv = [f"actcache {command}", *args]
-    task()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, we print
+    try:
+        task()
+    except HydraException as e:
+        raise ActcacheError(_explain(str(e))) from None
     return 0
+
+
+def _explain(message: str) -> str:
+    """Hydra's message without its advice to append keys, which we refuse anyway."""
+    lines = message.strip().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("To append to your"))
 
 
 def _cache(values: dict[str, Any]) -> int:
     from actcache.run import CacheSettings, run
 
     result = run(build(CacheSettings, values), say=print)
+    if not result.computed and not result.interrupted:
+        return 0  # `run` has said so
     rate = f", {result.computed / result.seconds:,.0f} tok/s" if result.computed else ""
     print(
         f"{result.store.path}: snapshot {result.snapshot} holds {result.tokens:,} tokens; "
@@ -134,3 +174,65 @@ def _plan(args: list[str]) -> int:
         words.append("data=pydocs")  # not looked at
     unused = {f.name for f in fields(CacheSettings)} - {f.name for f in fields(PlanSettings)}
     return _compose("plan", ["+plan=default", *words], act, unused)
+
+
+# -- find and add-hooks ----------------------------------------------------------------------------
+
+
+def _find(args: list[str]) -> int:
+    from actcache.find import find
+    from actcache.run import CacheSettings
+
+    def act(values: dict[str, Any]) -> int:
+        found = find(build(CacheSettings, values), _say(as_json))
+        print(json.dumps(found.to_json(), indent=1) if as_json else found)
+        return TO_COMPUTE if found.compute else 0
+
+    words, as_json = _options(args)
+    return _compose("find", words, act)
+
+
+def _add_hooks(args: list[str]) -> int:
+    from actcache.add_hooks import AddHooksSettings, add_hooks
+
+    def act(values: dict[str, Any]) -> int:
+        layout = values.pop("layout")
+        if typed("layout") - {"layout.dtype"}:
+            raise ActcacheError("layout: the store has one already; only layout.dtype may be given")
+        values["dtype"] = layout["dtype"] if typed("layout") else None
+        result = add_hooks(build(AddHooksSettings, values), _say(as_json))
+        print(json.dumps(result.to_json(), indent=1) if as_json else result)
+        return INTERRUPTED if result.interrupted else 0
+
+    def typed(group: str) -> set[str]:
+        keys = {w.lstrip("+~").split("=")[0] for w in words}
+        return {k for k in keys if k.split(".")[0] == group}
+
+    words, as_json = _options(args)
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        words[0] = f"store={_quoted(words[0])}"
+    for name in ("data", "tokens", "context", "pack", "part"):
+        if typed(name):
+            raise ActcacheError(f"{name} has no effect here: tokens and contexts are the store's")
+    unused = ("data", "tokens", "context", "pack", "part")
+    return _compose("add-hooks", [*words, "data=pydocs"], act, unused)
+
+
+def _options(args: list[str]) -> tuple[list[str], bool]:
+    """`--catalog PATH` as the setting it stands for, and whether `--json` was there."""
+    words = [a for a in args if a != "--json"]
+    if "--catalog" in words:
+        at = words.index("--catalog")
+        words[at : at + 2] = [f"catalog={_quoted(p)}" for p in words[at + 1 : at + 2]]
+    return words, "--json" in args
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    """Facts go beside JSON, not into it."""
+    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout)
+
+
+def _quoted(text: str) -> str:
+    """A path as one value of Hydra's grammar."""
+    escaped = text.replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,4 +1,6 @@
-"""The subcommands that need no settings: info, verify. Each prints a table, or JSON with --json.
+"""The subcommands that need no settings: ls, info, verify, cp, gc.
+
+Each prints a table, or JSON with --json. info, verify and cp also enter the store into the catalog.
 
 A function here takes the words behind the subcommand and returns the exit status; errors are
 ActcacheErrors, which cli.py prints.
@@ -8,28 +10,108 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from actcache.store import Snapshot, open_store
+from actcache.catalog import Catalog, Known
+from actcache.store import Snapshot, Store, StoreError, open_store
 from actcache.store import verify as check_store
+from actcache.store.claims import Claims
+from actcache.store.collect import GRACE, find_garbage, remove
+from actcache.store.copy import copy_bytes, copy_snapshot
 from actcache.store.ids import short
+from actcache.store.layout import CLAIMS
+
+INTERRUPTED = 130
+CATALOG = "folder of the catalog; $ACTCACHE_HOME/catalog by default"
 
 
-def _open(args: list[str], command: str) -> tuple[Snapshot, bool]:
-    parser = argparse.ArgumentParser(prog=f"actcache {command}")
+def _parser(command: str, about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"actcache {command}", description=about)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _store_parser(command: str, about: str) -> argparse.ArgumentParser:
+    parser = _parser(command, about)
     parser.add_argument("store", help="folder of the store")
     parser.add_argument("--snapshot", help="number of a snapshot; the newest by default")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--catalog", help=CATALOG)
+    return parser
+
+
+def _open(options: argparse.Namespace) -> Snapshot:
+    return open_store(options.store).snapshot(options.snapshot)
+
+
+def _register(store: Store, catalog: str | None, verified: str | None = None) -> None:
+    """Enter a store into the catalog; one that cannot be written is said, the command goes on."""
+    try:
+        Catalog(catalog).register(store.snapshot(), verified)
+    except StoreError as e:
+        print(f"not registered: {e}", file=sys.stderr)
+
+
+def _print(value: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(value, indent=1) if as_json else text)
+
+
+# -- ls --------------------------------------------------------------------------------------------
+
+
+def ls(args: list[str]) -> int:
+    parser = _parser("ls", "The stores that this machine knows.")
+    parser.add_argument("--catalog", help=CATALOG)
+    parser.add_argument("--prune", action="store_true", help="forget the stores that are missing")
     options = parser.parse_args(args)
-    return open_store(options.store).snapshot(options.snapshot), options.json
+    catalog = Catalog(options.catalog)
+    known = catalog.known()
+    if options.prune:
+        for gone in (k for k in known if k.state in ("missing", "other")):
+            catalog.forget(gone.entry)
+        known = [k for k in known if k.state in ("ok", "damaged")]
+    for problem in catalog.entries()[1]:
+        print(problem, file=sys.stderr)
+    _print([_row(k) for k in known], options.json, _listing(known, catalog))
+    return 0
+
+
+def _row(known: Known) -> dict[str, Any]:
+    return asdict(known.entry) | {"state": known.state, "problem": known.problem}
+
+
+def _listing(known: list[Known], catalog: Catalog) -> str:
+    if not known:
+        return f"no stores are registered in {catalog.folder}"
+    lines = [
+        f"{'id':<14}{'state':<9}{'tokens':>16}{'size':>11}  {'host':<22}{'verified':<12}path: hooks"
+    ]
+    for k in known:
+        e = k.entry
+        host = f"{e.host.get('architecture', '?')} {short(str(e.host.get('weights', '?')))[:8]}"
+        lines.append(
+            f"{short(e.store_id):<14}{k.state:<9}{e.tokens:>16,}{_bytes(e.bytes):>11}  {host:<22}"
+            f"{(e.verified or 'never')[:10]:<12}{e.path}: {', '.join(h.name for h in e.hooks)}"
+        )
+        if k.problem:
+            lines.append(f"{'':<14}{k.problem}")
+    return "\n".join(lines)
+
+
+# -- info ------------------------------------------------------------------------------------------
 
 
 def info(args: list[str]) -> int:
-    snapshot, as_json = _open(args, "info")
+    options = _store_parser("info", "Identity, hooks, tokens, bytes, statistics.").parse_args(args)
+    snapshot = _open(options)
     facts = describe(snapshot)
-    print(json.dumps(facts, indent=1) if as_json else _table(facts))
+    _register(snapshot.store, options.catalog)
+    _print(facts, options.json, _table(facts))
     return 0
 
 
@@ -107,21 +189,116 @@ def _bytes(n: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
+# -- verify ----------------------------------------------------------------------------------------
+
+
 def verify(args: list[str]) -> int:
-    snapshot, as_json = _open(args, "verify")
+    options = _store_parser("verify", "Check every byte against its digest.").parse_args(args)
+    snapshot = _open(options)
+    report = _check(snapshot, options.json)
+    if not report["problems"]:
+        newest = snapshot.name == snapshot.store.snapshot_names()[-1]
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _register(snapshot.store, options.catalog, now if newest else None)
+    _print(report, options.json, _verdict(report))
+    return 1 if report["problems"] else 0
+
+
+def _check(snapshot: Snapshot, quiet: bool) -> dict[str, Any]:
     total = sum(o.bytes for s in snapshot.segments for c in s.commits for o in c.objects)
     checked, problems = 0, []
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=as_json) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=quiet) as bar:
         for check in check_store(snapshot):
             checked += 1
             bar.update(check.bytes)
             if check.problem:
                 problems.append({"object": check.key, "problem": check.problem})
-    if as_json:
-        print(json.dumps({"objects": checked, "bytes": total, "problems": problems}, indent=1))
-    else:
-        for problem in problems:
-            print(f"{problem['object']}: {problem['problem']}")
-        verdict = f"{len(problems)} damaged" if problems else "all whole"
-        print(f"{checked:,} objects, {_bytes(total)}: {verdict}")
-    return 1 if problems else 0
+    return {"objects": checked, "bytes": total, "problems": problems}
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    problems = report["problems"]
+    verdict = f"{len(problems)} damaged" if problems else "all whole"
+    lines = [f"{p['object']}: {p['problem']}" for p in problems]
+    lines.append(f"{report['objects']:,} objects, {_bytes(report['bytes'])}: {verdict}")
+    return "\n".join(lines)
+
+
+# -- cp --------------------------------------------------------------------------------------------
+
+
+def cp(args: list[str]) -> int:
+    about = "Copy a store, every byte checked; the same command continues an interrupted copy."
+    parser = _store_parser("cp", about)
+    parser.add_argument("target", help="folder of the copy")
+    parser.add_argument("--hooks", help="only the commits that hold these: resid.1,mlp.0")
+    options = parser.parse_args(args)
+    snapshot = _open(options)
+    hooks = None if options.hooks is None else [h for h in options.hooks.split(",") if h]
+    total = copy_bytes(snapshot, hooks)
+    try:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="copying", disable=options.json
+        ) as bar:
+            done = copy_snapshot(snapshot, Path(options.target), hooks, bar.update)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    _register(done.store, options.catalog)
+    copy = done.store.snapshot(done.snapshot)
+    facts = {
+        "store": str(done.store.path),
+        "store_id": done.store.store_id,
+        "snapshot": done.snapshot,
+        "tokens": copy.n_rows,
+        "hooks": sorted(copy.hooks),
+        "copied": done.copied,
+        "kept": done.kept,
+        "bytes": done.bytes,
+    }
+    text = (
+        f"{done.store.path}: snapshot {done.snapshot}, {copy.n_rows:,} tokens of "
+        f"{', '.join(sorted(copy.hooks))}; {done.copied:,} files copied ({_bytes(done.bytes)}), "
+        f"{done.kept:,} were there"
+    )
+    _print(facts, options.json, text)
+    return 0
+
+
+# -- gc --------------------------------------------------------------------------------------------
+
+
+def gc(args: list[str]) -> int:
+    parser = _parser("gc", "Remove what dead writers left in a store: what no commit names.")
+    parser.add_argument("store", help="folder of the store")
+    parser.add_argument(
+        "--older-than",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help=f"leave what changed since; {GRACE:.0f} by default",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    options = parser.parse_args(args)
+    if not options.older_than >= 0:
+        parser.error(f"--older-than: expected 0 or more seconds, got {options.older_than}")
+    root = open_store(options.store).path
+    _refuse_workers(root, options.older_than)
+    garbage = find_garbage(root, options.older_than)
+    freed = sum(g.bytes for g in garbage) if options.dry_run else remove(garbage)
+    names = [str(g.path.relative_to(root)) for g in garbage]
+    facts = {"store": str(root), "removed": names, "bytes": freed, "dry_run": options.dry_run}
+    did = "would be removed" if options.dry_run else "removed"
+    text = "\n".join([*names, f"{len(names):,} things of {_bytes(freed)} {did}"])
+    _print(facts, options.json, text)
+    return 0
+
+
+def _refuse_workers(root: Path, grace: float) -> None:
+    """A living writer's unfinished folder looks like garbage until it commits."""
+    busy = Claims(root / CLAIMS, "gc").others()
+    if busy and grace < GRACE:
+        raise StoreError(
+            f"{root}: writers are at work on {', '.join(busy[:3])}; wait for them, or leave out "
+            f"--older-than (which then is {GRACE:.0f})"
+        )

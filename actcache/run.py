@@ -14,18 +14,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actcache.capture import LazyCapture, versions
+from actcache.capture import LazyCapture, activation_id, versions
+from actcache.catalog import Catalog, Entry, continues, home
 from actcache.data import Packing, PackSettings, resolve_packing
 from actcache.demo import demo_paths, ensure_demo
 from actcache.demo.corpus import build_corpus
 from actcache.errors import DataError
 from actcache.fill import Filler, parse_part
-from actcache.hooks import resolve
+from actcache.hooks import HookPoint, resolve
 from actcache.host import Host, HostSettings
 from actcache.sources import DataSettings, Source, open_source
-from actcache.store import Identity, Layout, SettingsError, Store, open_store
-from actcache.store.ids import bytes_digest, digest, store_digest
-from actcache.store.layout import VOCAB_JSON, Order
+from actcache.store import Identity, Layout, SettingsError, Snapshot, Store, StoreError, open_store
+from actcache.store.ids import bytes_digest, digest, short, store_digest
+from actcache.store.layout import STORE_JSON, VOCAB_JSON, Order
 from actcache.store.vocab import encode_vocab
 from actcache.store.writer import StoreWriter
 
@@ -47,7 +48,7 @@ class CacheSettings:
 
     host: HostSettings
     data: DataSettings
-    store: str  # folder of the store
+    store: str | None = None  # folder of the store; None: the catalog's, or a new one beside it
     hooks: tuple[str, ...] | str = "resid"
     layers: tuple[int, ...] | None = None  # for hooks without a layer; None: all
     tokens: int | None = None  # rows wanted, rounded up to whole segments; None: all the data
@@ -55,11 +56,16 @@ class CacheSettings:
     pack: PackSettings = field(default_factory=PackSettings)
     layout: LayoutSettings = field(default_factory=LayoutSettings)
     part: str | None = None  # "3/16": only every 16th unit, from the 3rd; None: whatever is free
+    catalog: str | None = None  # folder of the catalog; None: $ACTCACHE_HOME/catalog
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if not self.store:
-            raise SettingsError("store is empty: name a folder, such as store=stores/demo")
+        if self.store == "":
+            raise SettingsError(
+                "store is empty: name a folder, such as store=stores/demo, or leave it out"
+            )
+        if self.catalog == "":
+            raise SettingsError("catalog is empty: name a folder, or leave it out")
         if self.tokens is not None and self.tokens < 1:
             raise SettingsError(f"tokens: expected at least 1, got {self.tokens}")
         if self.part is not None:
@@ -79,12 +85,80 @@ class CacheResult:
 
 
 def run(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) -> CacheResult:
-    """Fill the store at `settings.store`; `say` gets one line per fact worth knowing.
+    """Fill the store that `settings` name; `say` gets one line per fact worth knowing.
+
+    Without `settings.store` the store that the catalog knows for exactly this work is continued,
+    or a new one is made at $ACTCACHE_HOME/stores/<short id>.
 
     Raises ActcacheError subclasses in the user's words. KeyboardInterrupt is caught: what is
     committed is frozen in a snapshot and `interrupted` is set.
     """
     started = time.perf_counter()
+    work = prepare(settings, say)
+    path = _place(work, say)
+    writer = StoreWriter(path, work.identity, {VOCAB_JSON: work.vocab})
+    capture = LazyCapture(
+        work.host, work.points, work.packing, work.identity, settings.layout.dtype, say
+    )
+    capture.refuse_other_types(writer)
+    filler = Filler(work.settings, work.source, work.packing, writer, capture, say)
+    interrupted = filler.fill()
+    segments = filler.wanted()
+    if not segments:
+        if interrupted:
+            raise KeyboardInterrupt
+        raise DataError("the data gave no tokens: every document is empty")
+    record = writer.snapshot(segments)
+    store = open_store(path)
+    if not filler.computed and not interrupted:
+        names = ", ".join(p.name for p in work.points)
+        say(f"nothing to compute: {path} holds {record.rows:,} tokens of {names}; no model loaded")
+    register(store.snapshot(), settings.catalog, say)
+    return CacheResult(
+        store=store,
+        snapshot=record.name,
+        tokens=record.rows,
+        computed=filler.computed,
+        seconds=time.perf_counter() - started,
+        interrupted=interrupted,
+    )
+
+
+def register(
+    snapshot: Snapshot, catalog: str | Path | None, say: Callable[[str], None]
+) -> Entry | None:
+    """Enter a store into the catalog; a catalog that cannot be written is said, not raised."""
+    try:
+        return Catalog(catalog).register(snapshot)
+    except StoreError as e:
+        say(f"not registered: {e}")
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What settings ask for, with every identity known and no weight in memory."""
+
+    settings: CacheSettings  # `demo` and `pydocs` replaced by paths
+    source: Source
+    host: Host
+    points: list[HookPoint]
+    packing: Packing
+    vocab: bytes
+    identity: Identity
+
+    @property
+    def hook_ids(self) -> dict[str, str]:
+        """Identity of the rows of each hook, by name."""
+        dtype = self.settings.layout.dtype
+        return {p.name: activation_id(self.identity.store_id, p, dtype) for p in self.points}
+
+
+def prepare(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) -> Work:
+    """Find out what `settings` mean: data, host, hooks and their identities.
+
+    Reads the digests of the data and of the weights, loads no model. Raises as `run` does.
+    """
     settings = _resolved(settings, say)
     source = open_source(settings.data)
     host = Host(settings.host)
@@ -93,27 +167,45 @@ def run(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) ->
     points = resolve(settings.hooks, settings.layers, skeleton)
     packing = resolve_packing(settings.pack, host.tokenizer, settings.context)
     vocab = encode_vocab(host.vocab())
-    identity = _identity(settings, source, host, packing, vocab, skeleton)
     for note in (*source.notes, f"hooks: {', '.join(p.name for p in points)}"):
         say(note)
-    writer = StoreWriter(Path(settings.store), identity, {VOCAB_JSON: vocab})
-    capture = LazyCapture(host, points, packing, identity, settings.layout.dtype, say)
-    filler = Filler(settings, source, packing, writer, capture, say)
-    interrupted = filler.fill()
-    segments = filler.wanted()
-    if not segments:
-        if interrupted:
-            raise KeyboardInterrupt
-        raise DataError("the data gave no tokens: every document is empty")
-    record = writer.snapshot(segments)
-    return CacheResult(
-        store=open_store(settings.store),
-        snapshot=record.name,
-        tokens=record.rows,
-        computed=filler.computed,
-        seconds=time.perf_counter() - started,
-        interrupted=interrupted,
+    return Work(
+        settings=settings,
+        source=source,
+        host=host,
+        points=points,
+        packing=packing,
+        vocab=vocab,
+        identity=_identity(settings, source, host, packing, vocab, skeleton),
     )
+
+
+def _place(work: Work, say: Callable[[str], None]) -> Path:
+    """The folder to fill: the one asked for, the one in the catalog, or a new one."""
+    asked = work.settings.store
+    catalog = Catalog(work.settings.catalog)
+    known = catalog.same_work(work.identity)
+    if asked is not None:
+        path = Path(asked).expanduser()
+        others = [k.entry for k in known if Path(k.entry.path) != path.resolve()]
+        if others and not (path / STORE_JSON).exists():
+            say(
+                f"the same work exists already: {_held(others[0])}. store={asked} is made all the "
+                "same, as you asked; leave store out to use what exists"
+            )
+        return path
+    for entry in (k.entry for k in known):
+        if continues(entry, work.identity, work.hook_ids):
+            say(f"store from the catalog: {_held(entry)}")
+            return Path(entry.path)
+    path = home() / "stores" / short(work.identity.store_id)
+    say(f"store: {path}")
+    return path
+
+
+def _held(entry: Entry) -> str:
+    hooks = ", ".join(h.name for h in entry.hooks)
+    return f"{entry.path} with {entry.tokens:,} tokens of {hooks}"
 
 
 def _identity(
@@ -149,10 +241,8 @@ def _identity(
 
 def _resolved(settings: CacheSettings, say: Callable[[str], None]) -> CacheSettings:
     """`data.kind=pydocs` and `host.model=demo` stand for what is made on this machine, once."""
-    if settings.host.model == "demo" and not Path("demo").is_dir():
-        host = ensure_demo(progress=settings.progress).host
-        settings = replace(settings, host=replace(settings.host, model=str(host)))
-        say(f"host=demo: {host}")
+    host = resolved_host(settings.host, settings.progress, say)
+    settings = replace(settings, host=host)
     if settings.data.kind == "pydocs":
         corpus = build_corpus(demo_paths().corpus.parent, settings.progress)
         data = replace(
@@ -161,3 +251,14 @@ def _resolved(settings: CacheSettings, say: Callable[[str], None]) -> CacheSetti
         settings = replace(settings, data=data)
         say(f"data=pydocs: {corpus}")
     return settings
+
+
+def resolved_host(
+    settings: HostSettings, progress: bool, say: Callable[[str], None]
+) -> HostSettings:
+    """`host.model=demo` stands for the small model made on this machine, once."""
+    if settings.model != "demo" or Path("demo").is_dir():
+        return settings
+    folder = ensure_demo(progress=progress).host
+    say(f"host=demo: {folder}")
+    return replace(settings, model=str(folder))
