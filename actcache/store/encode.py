@@ -1,9 +1,12 @@
-"""One segment as zarr v3 objects, encoded by zarr-python into memory.
+"""One segment as zarr v3 objects, encoded in memory.
 
 Activations are one shard of whole-row inner chunks, each closed by a crc32c; token columns are one
 chunk with a crc32c. No compression: inner chunks have one size, so a reader finds them by
 arithmetic and decodes nothing. Chunks that hold only zeros are written too: absent means lost.
-Costs about twice the array in memory while a shard is encoded.
+
+Metadata comes from zarr-python. Chunks and shards are put together here, with the bytes that
+zarr-python would write (a test compares them) for a tenth of the processor time, which a forward
+pass on the same cores would have to give. Costs twice a shard in memory beside the rows.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -37,29 +41,59 @@ def encode_tokens(path: str, tokens: TokenTable) -> Iterator[tuple[str, bytes]]:
     """Objects of the five columns below `path`."""
     for name, dtype in TOKEN_COLUMNS.items():
         column = np.ascontiguousarray(getattr(tokens, name), dtype=dtype)
-        yield from _encode(f"{path}/{name}", column, (len(column),), None, ("row",))
+        array, data = f"{path}/{name}", column.tobytes()
+        yield f"{array}/c/0", data + _crc(data)
+        objects = _create(array, column.shape, dtype, column.shape, None, ("row",))
+        yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
 
 
 def encode_acts(path: str, rows: NDArray[Any], info: HookInfo) -> Iterator[tuple[str, bytes]]:
     """Objects of one hook: rows (n, d) in the storage type."""
     chunk = (info.chunk_rows, info.d)
-    shard = (-(-len(rows) // info.chunk_rows) * info.chunk_rows, info.d)
-    yield from _encode(f"{path}/{info.key}", rows, chunk, shard, ("row", "channel"))
+    shape = (-(-len(rows) // info.chunk_rows) * info.chunk_rows, info.d)
+    array = f"{path}/{info.key}"
+    yield f"{array}/c/0/0", shard(rows, info.chunk_rows)
+    objects = _create(array, rows.shape, rows.dtype, chunk, shape, ("row", "channel"))
+    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
 
 
-def _encode(
+def shard(rows: NDArray[Any], chunk_rows: int) -> bytes:
+    """One shard file: inner chunks of `chunk_rows` rows, the last filled up with zeros, each
+    closed by its crc32c; then offset and length of each (u64, checksum included), and a crc32c.
+
+    All numbers are little-endian.
+    """
+    parts: list[bytes] = []
+    places: list[int] = []
+    for start in range(0, len(rows), chunk_rows):
+        chunk = rows[start : start + chunk_rows].tobytes()
+        chunk = chunk.ljust(chunk_rows * rows[0].nbytes, b"\0")
+        size = len(chunk) + 4
+        places += [len(places) // 2 * size, size]
+        parts += [chunk, _crc(chunk)]
+    index = np.array(places, dtype="<u8").tobytes()
+    return b"".join([*parts, index, _crc(index)])
+
+
+def _crc(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+def _create(
     path: str,
-    data: NDArray[Any],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None,
     names: tuple[str, ...],
-) -> Iterator[tuple[str, bytes]]:
+) -> dict[str, Any]:
+    """Objects of an array without its chunks: a memory store, by key."""
     objects: dict[str, Any] = {}
-    array = zarr.create_array(
+    zarr.create_array(
         MemoryStore(store_dict=objects),
         name=path,
-        shape=data.shape,
-        dtype=BFloat16() if data.dtype.name == "bfloat16" else data.dtype,
+        shape=shape,
+        dtype=BFloat16() if dtype.name == "bfloat16" else dtype,
         chunks=chunks,
         shards=shards,
         filters=None,
@@ -68,6 +102,4 @@ def _encode(
         dimension_names=names,
         config={"write_empty_chunks": True},
     )
-    array[...] = data
-    for key in sorted(k for k in objects if k.startswith(f"{path}/")):
-        yield key, objects.pop(key).to_bytes()
+    return objects
