@@ -188,7 +188,7 @@ def _context(asked: int | None, host: Host, say: Say) -> int:
 def _own_store(cached: CacheSettings, runs_dir: Path) -> Path:
     """A folder that follows from all that the store's rows depend on."""
     facts = asdict(cached)
-    for name in ("store", "hooks", "layers", "tokens", "progress"):
+    for name in ("store", "hooks", "layers", "tokens", "catalog", "progress"):
         del facts[name]
     for name in ("device", "batch_tokens"):
         del facts["host"][name]

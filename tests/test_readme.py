@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from stores import make_store
 
+from actcache.add_hooks import AddHooksSettings
 from actcache.run import CacheSettings
 from actcache.store.records import build
 from saetrain.cli import settings_from
@@ -40,7 +42,18 @@ def test_actcache_commands_compose():
     for overrides in runs:
         values = OmegaConf.to_container(composed("cache", overrides), throw_on_missing=True)
         build(CacheSettings, values)
-    assert {c[0] for c in commands("actcache")} == {"run", "info", "verify"}
+    allowed = {"run", "info", "verify", "find", "add-hooks", "ls", "cp", "gc", "plan"}
+    assert {"run", "info", "verify"} <= {c[0] for c in commands("actcache")} <= allowed
+
+
+def test_actcache_find_and_add_hooks_compose():  # F108 F109
+    lines = commands("actcache")
+    (found,) = [c[1:] for c in lines if c[0] == "find"]
+    build(CacheSettings, OmegaConf.to_container(composed("cache", found), throw_on_missing=True))
+    (added,) = [c[2:] for c in lines if c[0] == "add-hooks"]
+    values = OmegaConf.to_container(composed("cache", [*added, "data=pydocs"]))
+    known = {f.name for f in fields(AddHooksSettings)}
+    build(AddHooksSettings, {k: v for k, v in values.items() if k in known} | {"store": "s"})
 
 
 def test_saetrain_commands_compose():
