@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -14,7 +15,7 @@ from typing import Any
 
 from actcache import commands
 from actcache.errors import ActcacheError
-from actcache.store.records import build
+from actcache.store.records import build, did_you_mean, keys_at
 
 USAGE = """\
 actcache: cache the activations of a language model, once, for every SAE
@@ -130,8 +131,15 @@ def _compose(
 
 
 def _explain(message: str) -> str:
-    """Hydra's message without its advice to append keys, which we refuse anyway."""
-    lines = message.strip().splitlines()
+    """Hydra's message, without advice to append keys and without the places it looked in."""
+    from actcache.run import CacheSettings
+
+    wrong = re.match(r"Could not override '([^']+)'", message)
+    if wrong:
+        *parents, key = wrong[1].split(".")
+        known = keys_at(CacheSettings, parents)
+        return f"unknown key {wrong[1]!r}.{did_you_mean(key, known)} Known: {', '.join(known)}"
+    lines = message.strip().split("\nConfig search path:")[0].splitlines()
     return "\n".join(line for line in lines if not line.startswith("To append to your"))
 
 

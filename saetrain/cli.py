@@ -11,9 +11,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actcache.store.errors import ActcacheError
-from actcache.store.records import did_you_mean
+from actcache.store.records import did_you_mean, keys_at
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.evals.run import evaluate_run, final_table, summary
 from saetrain.log import table
@@ -130,20 +130,11 @@ def _explain(error: HydraException) -> str:
     if wrong is None or not isinstance(error.__cause__, OmegaConfBaseException):
         return str(error)
     *parents, key = wrong[1].split(".")
-    known = _keys(TrainSettings, parents)
+    known = keys_at(TrainSettings, parents)
     text = f"unknown key '{wrong[1]}'.{did_you_mean(key, known)}"
     if known:
         return f"{text} Known here: {', '.join(sorted(known))}"
     return f"{text} If it is a field that the yaml leaves out, write +{wrong[1]}=…"
-
-
-def _keys(cls: type, path: Sequence[str]) -> list[str]:
-    """Field names of the settings reached by `path`; none where they are open, such as sae."""
-    hints = get_type_hints(cls)
-    if not path:
-        return list(hints)
-    inner = hints.get(path[0])
-    return _keys(inner, path[1:]) if isinstance(inner, type) and is_dataclass(inner) else []
 
 
 def _print_sweep(jobs: _Jobs) -> None:

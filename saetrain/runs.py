@@ -124,8 +124,8 @@ def open_source(settings: TrainSettings, snapshot: Snapshot, device: torch.devic
     train, held_out = make("train"), make("held_out")
     if held_out.n_rows == 0:  # found out now rather than after training
         raise ConfigError(
-            f"held_out_fraction={settings.held_out_fraction}: none of the store's documents is held "
-            "out, so the SAE could not be evaluated; raise it, or cache more documents"
+            f"held_out_fraction={settings.held_out_fraction}: none of the store's documents is "
+            "held out, so the SAE could not be evaluated; raise it, or cache more documents"
         )
     return Source(
         train=train,

@@ -94,7 +94,7 @@ class Stream:
         self.n_rows = int(self._eligible.sum())
         self.batches_per_epoch = self.n_rows // batch_tokens
 
-    # -- what the stream knows -----------------------------------------------------------------------
+    # -- what the stream knows ---------------------------------------------------------------------
 
     def space(self, hook: str) -> HookSpace:
         """Width and statistics of a hook, from the store's commits."""
@@ -130,7 +130,7 @@ class Stream:
             raise ConfigError(f"cannot resume the stream, it changed: {'; '.join(wrong)}")
         self.epoch, self.step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])
 
-    # -- batches -------------------------------------------------------------------------------------
+    # -- batches -----------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
         """Shuffled batches from the current state on, epoch after epoch, without end."""
@@ -195,7 +195,7 @@ class Stream:
         acts = {h: _tensor(x).to(self.device, self.dtype) for h, x in rows.acts.items()}
         return Batch(acts, rows.tokens, rows.segment, epoch, step)
 
-    # -- reading -------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def _read_tokens(self, segment: int) -> tuple[TokenTable, NDArray[np.bool_]]:
         """Token table of a segment and which of its rows are eligible."""

@@ -58,17 +58,44 @@ def test_command_run_info_verify(asked):
     ("words", "message"),
     [
         (["store="], "store is empty"),
-        (["hosts=demo"], "hosts"),
+        (["hosts=demo"], "unknown key 'hosts'. Did you mean host"),
+        (["host.modl=x"], "unknown key 'host.modl'. Did you mean model"),
+        (["data=nope"], "Could not find 'data/nope'"),
         (["+host.modell=x"], "unknown key 'host.modell'"),
         (["context=banana"], "context: expected a whole number, got 'banana'"),
         (["layout.dtype=int3"], "layout.dtype: expected one of 'bfloat16'"),
     ],
 )
-def test_wrong_arguments_are_named_without_a_traceback(asked, words, message):
-    done = subprocess.run(command(asked(), *words), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_arguments_are_named_without_a_traceback(asked, words, message, capsys):
+    code, out = said(capsys, *overrides(asked()), *words)
+    assert code == 1
+    assert message in out.err
+    assert "Traceback" not in out.err
+
+
+def test_help_needs_no_choices(capsys):
+    code, out = said(capsys, "run", "--help")
+    assert code in (0, None)
+    for word in ("host: demo, ", "segment_rows", "actcache run host=demo data=pydocs"):
+        assert word in out.out
+
+
+def test_a_run_without_a_host_says_which_there_are(capsys):
+    code, out = said(capsys, "run")
+    assert code == 1
+    assert out.err.startswith("error: You must specify")
+    assert "pydocs" in out.err
+
+
+def said(capsys, *words):
+    """Exit status and output of the command, run in this process."""
+    saved = sys.argv
+    try:
+        with pytest.raises(SystemExit) as e:
+            main(list(words))
+    finally:
+        sys.argv = saved
+    return e.value.code, capsys.readouterr()
 
 
 def test_progress_bar_shows_rate_and_time_left(asked):  # F126

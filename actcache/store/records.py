@@ -47,6 +47,16 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return cls(**kwargs)
 
 
+def keys_at(cls: type, path: typing.Sequence[str]) -> list[str]:
+    """Field names of the nested dataclass that `path` leads to; none where keys are open."""
+    for key in path:
+        inner = _hints(cls).get(key)
+        if not (isinstance(inner, type) and dataclasses.is_dataclass(inner)):
+            return []
+        cls = inner
+    return [f.name for f in dataclasses.fields(cls)]
+
+
 def did_you_mean(name: str, known: typing.Iterable[str], n: int = 3) -> str:
     """'' or ' Did you mean a, b?' with the names nearest to `name`."""
     spelled = {k.casefold(): k for k in known}
