@@ -14,7 +14,8 @@ Per token, with N matrix weights in use, L blocks run, context T, H heads of h c
   GPU, ZeRO-3        weights / gpus + largest gathered module + the same (Rajbhandari et al. 2020)
   sparse SAE step    2 d F FLOPs for F latents; at P FLOP/s it eats P * itemsize / (2 F) bytes a
                      second whatever d is: if the disk is slower, the disk sets the pace
-  caching pays if    t_cache + n max(t_sae, t_read)  <  n (t_forward + t_sae)   after n SAE runs
+  caching pays if    t_cache + n max(t_sae, t_read)  <  n (t_forward + t_sae)   after n SAE runs,
+                     where t_cache is the slowest of forward pass, writing thread and disk
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Assumptions:
     tflops: float = 989.0  # peak of one in host.dtype; H100 SXM, dense bf16 (NVIDIA's data sheet)
     mfu: float = 0.4  # share of the peak that a forward pass or an SAE step reaches
     disk_gb_s: float = 5.0  # one node, to write or to read, in 1e9 bytes
+    writer_gb_s: float = 0.1  # one process permutes, sums and checks; measured: bf16, one core
     text_bytes_per_token: float = 4.2  # how many tokens an input unit of layout.unit_bytes holds
     latents: int = 65_536  # of the SAE in the break-even
     gpu_usd_hour: float = 2.5
@@ -178,7 +180,8 @@ class TimePlan:
     tokens_per_gpu: float
     hours: float  # of all GPUs computing
     gpu_hours: float
-    disk_hours: float  # writing at disk_gb_s on every node; beside the forward pass, not added
+    writer_hours: float  # of one writing thread a GPU at writer_gb_s; beside `hours`, not added
+    disk_hours: float  # of every node's disk at disk_gb_s; likewise
     write_gb_per_gpu: float
     write_gb_per_node: float
 
@@ -598,7 +601,7 @@ def _memory(
 ) -> MemoryPlan:
     """GPU: the widest point of a block is four tensors as wide as the MLP, or queries, keys and
     values beside their rotated and repeated copies, above the residual stream. Host: the segments
-    in flight, the permuted copy of one, and the shard that is being encoded three times.
+    in flight, the permuted copy of one, and twice the shard that is being encoded.
 
     Against measurement: 0.95 to 1.7 times the tensors that are alive at once in GPT-2, GPT-NeoX,
     Llama, Gemma 3, Qwen3-MoE and Mixtral; 1.0 to 1.15 times the growth of a process on the CPU.
@@ -627,7 +630,7 @@ def _memory(
         replicated_fits=replicated <= room,
         zero3_fits=zero3 <= room,
         segments_in_flight=flying,
-        segment_buffers=row * ((flying + 1) * sum(widths) + 3 * max(widths)),
+        segment_buffers=row * ((flying + 1) * sum(widths) + 2 * max(widths)),
     )
 
 
@@ -643,6 +646,7 @@ def _time(disk: DiskPlan, flops: int, a: Assumptions) -> TimePlan:
         tokens_per_gpu=rate,
         hours=gpu_hours / a.gpus,
         gpu_hours=gpu_hours,
+        writer_hours=disk.bytes / (a.gpus * a.writer_gb_s * 1e9) / 3600,
         disk_hours=disk.bytes / (nodes * a.disk_gb_s * 1e9) / 3600,
         write_gb_per_gpu=per_gpu,
         write_gb_per_node=per_gpu * min(a.gpus, a.gpus_per_node),
@@ -654,7 +658,8 @@ def _break_even(disk: DiskPlan, hooks: list[HookInfo], time: TimePlan, a: Assump
     d, size = max((h.d, DTYPES[h.dtype].itemsize) for h in hooks)
     speed, disk_rate = a.tflops * 1e12 * a.mfu, a.disk_gb_s * 1e9
     forward, sae, read = 1 / time.tokens_per_gpu, 2 * d * a.latents / speed, d * size / disk_rate
-    cache = forward * max(1.0, time.write_gb_per_node / a.disk_gb_s)
+    slowest = max(time.hours, time.writer_hours, time.disk_hours)
+    cache = forward * slowest / time.hours
     saved = forward + sae - max(sae, read)
     demand = speed * size / (2 * a.latents)
     usd, month = time.gpu_hours * a.gpu_usd_hour, disk.bytes / 1e12 * a.disk_usd_tb_month
@@ -682,8 +687,10 @@ def _notes(
         yield "the config does not say how many experts a token uses: all are counted"
     if not (memory.replicated_fits or memory.zero3_fits):
         yield "the host fits neither replicated nor under ZeRO-3: more GPUs, or fewer batch_tokens"
-    if time.disk_hours > time.hours:
-        yield f"the disk sets the pace: {time.disk_hours:,.3g} h of writing at plan.disk_gb_s"
+    slow = {"disk": time.disk_hours, "writer": time.writer_hours}
+    name = max(slow, key=slow.__getitem__)
+    if slow[name] > time.hours:
+        yield f"the {name} sets the pace: {slow[name]:,.3g} h at plan.{name}_gb_s"
     if disk.snapshot > MAX_JSON_BYTES:
         yield "a snapshot is larger than a record may be: several stores, or longer segments"
 
@@ -708,7 +715,7 @@ host memory   {gib[segment_buffers]} a process for {p.memory.segments_in_flight}
 time          {p.time.hours:,.3g} h on {a.gpus} GPUs, {p.time.tokens_per_gpu:,.0f} tokens/s \
 each, at {a.mfu:.0%} of {a.tflops:g} TFLOP/s
 writing       {p.time.write_gb_per_gpu:,.3g} GB/s a GPU, {p.time.write_gb_per_node:,.3g} GB/s a \
-node; assumed disk {a.disk_gb_s:g} GB/s a node
+node; assumed: a thread can {a.writer_gb_s:g}, a node's disk {a.disk_gb_s:g}
 break-even    {runs} of {a.latents:,} latents; one reads up to \
 {p.break_even.read_gb:,.3g} GB/s, {p.break_even.saes_per_read:,.2g} at once keep a GPU busy
 money         ${p.break_even.forward_usd:,.2f} a forward pass, \
