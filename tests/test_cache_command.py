@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from cache import command, overrides
 
+from actcache.cli import main
 from actcache.store import (
     open_store,
 )
