@@ -2,7 +2,8 @@
 # make test    lint, types, walls, tests
 # make lint    the first three of them
 # make venv    only the set-up, which the others do by themselves
-# make clean   caches and build outputs; make distclean also .venv
+# make peers   an environment of their own for what the benchmarks compare with (peers.txt)
+# make clean   caches and build outputs; make distclean also .venv and .peers
 #
 # PYTHON=python3.12 picks an interpreter. On a Linux machine without a GPU, the small build of torch:
 #   make TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
@@ -12,9 +13,12 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell grep -E '^torch==' constraints.txt)
-PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check)
+pip = $(if $(shell command -v uv),uv pip install --python $(1),$(1) -m pip install --disable-pip-version-check)
+PIP := $(call pip,$(BIN)/python)
+PEERS_STAMP := .peers/.installed
+PEERS_PIP := $(call pip,.peers/bin/python)
 
-.PHONY: demo test lint venv clean distclean
+.PHONY: demo test lint venv peers clean distclean
 .NOTPARALLEL:
 
 demo: $(STAMP)
@@ -47,9 +51,20 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+peers: $(PEERS_STAMP)
+
+# The same torch and libraries as ours, so that the tools are compared and not their dependencies.
+$(PEERS_STAMP): peers.txt constraints.txt
+	@test -x .peers/bin/python || { echo "== creating .peers"; $(PYTHON) -m venv .peers; }
+	@echo "== installing $(TORCH) for the peers"
+	@$(PEERS_PIP) $(TORCH_ARGS) $(TORCH)
+	@echo "== installing peers.txt"
+	@$(PEERS_PIP) -c constraints.txt -r peers.txt
+	@touch $@
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.peers/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .peers
