@@ -6,7 +6,6 @@ Above 400 lines: published configs, a tracer of live tensors and the tests that 
 import json
 import math
 import re
-import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from actcache.cli import main
 from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
 from actcache.errors import ActcacheError, HookError, HostError
 from actcache.hooks import resolve
@@ -339,12 +339,20 @@ def test_break_even_in_figures(config_only):
 # -- the command -----------------------------------------------------------------------------------
 
 
-def command(*words):
-    done = [sys.executable, "-m", "actcache", *words]
-    return subprocess.run(done, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Words of the command -> (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["actcache"])  # Hydra reads it
+
+    def typed(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        return ended.value.code, *capsys.readouterr()
+
+    return typed
 
 
-def test_command(config_only):  # F113
+def test_command(config_only, command):  # F113
     folder = config_only / "llama-3.1-8b"
     words = [
         "host=llama-3.1-8b",
@@ -354,13 +362,13 @@ def test_command(config_only):  # F113
         "layers=[8,16,24]",
         "plan.gpus=8",
     ]
-    done = command("plan", *words, "data=parquet", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    status, out, err = command("plan", *words, "data=parquet", "--json")
+    assert (status, err) == (0, "")
     host = HostSettings(model=str(folder), revision="main", dtype="bfloat16", batch_tokens=16_384)
     found = plan(
         PlanSettings(host=host, tokens=10**9, layers=(8, 16, 24), plan=Assumptions(gpus=8))
     )
-    assert json.loads(done.stdout) == json.loads(json.dumps(found.to_json()))
+    assert json.loads(out) == json.loads(json.dumps(found.to_json()))
     assert [h.name for h in found.hooks] == ["resid.8", "resid.16", "resid.24"]
     for word in (
         "8,030,261,248",
@@ -372,12 +380,14 @@ def test_command(config_only):  # F113
         assert word in table(found)
 
 
-def test_command_without_data_and_store(tiny_host):
-    done = command("plan", "host=local", f"host.model={tiny_host}", "tokens=1e6", "layout=small")
+def test_command_without_data_and_store(tiny_host, command):
+    status, out, _ = command(
+        "plan", "host=local", f"host.model={tiny_host}", "tokens=1e6", "layout=small"
+    )
     host = HostSettings(model=str(tiny_host))
     small = LayoutSettings(segment_rows=16_384, chunk_bytes=65_536, unit_bytes=262_144)
     found = plan(PlanSettings(host=host, tokens=10**6, layout=small))
-    assert (done.returncode, done.stdout) == (0, table(found) + "\n")
+    assert (status, out) == (0, table(found) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -388,11 +398,11 @@ def test_command_without_data_and_store(tiny_host):
         (["run", "host=demo", "data=pydocs", "plan.gpus=8"], "plan.gpus"),
     ],
 )
-def test_wrong_words(tiny_host, words, message):
-    done = command(*(w.replace("HOST", str(tiny_host)) for w in words))
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_words(tiny_host, command, words, message):
+    status, _, err = command(*(w.replace("HOST", str(tiny_host)) for w in words))
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
 
 
 def hub_settings(model):
