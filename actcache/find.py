@@ -9,14 +9,14 @@ Cost: the digests of data and weights, as at the start of a run, and one small J
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from actcache.catalog import Catalog, Entry, continues, entry_of
 from actcache.run import CacheSettings, Work, prepare
-from actcache.store import open_store
+from actcache.store import Snapshot, Store, open_store
 from actcache.store.ids import diff
 from actcache.store.layout import STORE_JSON
 
@@ -52,7 +52,7 @@ class Found:
 
     verdict: Verdict
     store: str | None  # what a run without store= would continue
-    tokens: int  # rows of that store
+    tokens: int  # rows it has of the hooks asked for, of the hook with fewest; 0 if it has none
     asked: int | None  # rows asked for; None: all the data
     missing_hooks: tuple[str, ...]
     compute: tuple[Missing, ...]
@@ -87,26 +87,27 @@ def _at(path: Path) -> list[Entry]:
 
 
 def _compare(work: Work, entry: Entry | None, nearest: tuple[Near, ...]) -> Found:
-    asked, names = work.settings.tokens, tuple(p.name for p in work.points)
-    held = {h.name for h in entry.hooks} if entry else set()
-    missing = tuple(n for n in names if n not in held)
-    left = _tokens_left(work, entry)
-    rows = entry.tokens if entry else 0
-    compute = []
-    if entry is None:
-        compute.append(Missing(hooks=names, tokens=asked))
-    else:
-        if missing and rows:
-            compute.append(Missing(hooks=missing, tokens=min(rows, asked or rows)))
-        if left != 0:
-            compute.append(Missing(hooks=names, tokens=left))
+    names = tuple(p.name for p in work.points)
+    rows, total = dict.fromkeys(names, 0), work.settings.tokens
+    if entry is not None:
+        held = _largest(open_store(entry.path), names)
+        rows |= {name: s.n_rows for name, s in held.items()}
+        if total is None:
+            total = max((s.n_rows for s in held.values() if _whole(work, s)), default=None)
+    left = {n: None if total is None else total - rows[n] for n in names}
+    left = {n: many for n, many in left.items() if many is None or many > 0}
+    missing = tuple(n for n in names if not rows[n])
+    amounts = sorted(set(left.values()), key=lambda many: (many is None, many))
     return Found(
-        verdict=_verdict(entry is None, bool(missing), left != 0),
+        verdict=_verdict(entry is None, bool(missing), bool(left.keys() - set(missing))),
         store=entry.path if entry else None,
-        tokens=rows,
-        asked=asked,
+        tokens=min((n for n in rows.values() if n), default=0),
+        asked=work.settings.tokens,
         missing_hooks=missing,
-        compute=tuple(compute),
+        compute=tuple(
+            Missing(hooks=tuple(n for n in left if left[n] == many), tokens=many)
+            for many in amounts
+        ),
         nearest=nearest,
     )
 
@@ -119,16 +120,22 @@ def _verdict(new: bool, hooks: bool, tokens: bool) -> Verdict:
     return "fewer tokens" if tokens else "exists"
 
 
-def _tokens_left(work: Work, entry: Entry | None) -> int | None:
-    """Rows the store lacks; None if it lacks an unknown number, 0 if it lacks none."""
-    if entry is None or work.settings.tokens is not None:
-        return max(0, (work.settings.tokens or 0) - entry.tokens) if entry else None
+def _largest(store: Store, hooks: Sequence[str]) -> dict[str, Snapshot]:
+    """For each hook that is there: the snapshot that has most rows of it, not always the newest."""
+    found: dict[str, Snapshot] = {}
+    for snapshot in map(store.snapshot, store.snapshot_names()):
+        for hook in set(hooks) & set(snapshot.record.hooks):
+            if hook not in found or snapshot.n_rows > found[hook].n_rows:
+                found[hook] = snapshot
+    return found
+
+
+def _whole(work: Work, snapshot: Snapshot) -> bool:
+    """Whether a snapshot holds all the data; the end of a stream is only known by reading it."""
     if work.source.identity["kind"] != "parquet":
-        return None  # the end of a stream is only known by reading it
-    commits = [s.commits[0] for s in open_store(entry.path).snapshot().segments]
-    done = {c.unit for c in commits if c.last_in_unit}
-    units = {u.number for u in work.source.units(work.identity.layout.unit_bytes)}
-    return 0 if units <= done else None
+        return False
+    done = {s.commits[0].unit for s in snapshot.segments if s.commits[0].last_in_unit}
+    return {u.number for u in work.source.units(work.identity.layout.unit_bytes)} <= done
 
 
 def _nearest(work: Work, others: list[Entry]) -> tuple[Near, ...]:

@@ -129,6 +129,26 @@ def test_find_knows_when_all_the_data_is_there(mine):
     assert (found.verdict, found.compute[0].tokens) == ("fewer tokens", None)
     run(mine())
     assert find(mine()).verdict == "exists"
+    (missing,) = find(mine(hooks=("resid.1", "mlp.1"))).compute
+    assert (missing.hooks, missing.tokens) == (("mlp.1",), run(mine()).tokens)
+
+
+def test_find_counts_what_is_committed_not_the_newest_snapshot(mine, monkeypatch):
+    """A later run that asked for less made a smaller snapshot; a hook may have more rows."""
+    large = run(mine(hooks=("resid.1",), tokens=500))
+    small = run(mine(hooks=("mlp.0",), tokens=200))
+    assert large.store.snapshot().n_rows == small.tokens < large.tokens
+    assert find(mine(hooks=("resid.1",), tokens=500)).verdict == "exists"
+    found = find(mine(tokens=700))
+    assert [(m.hooks, m.tokens) for m in found.compute] == [
+        (("resid.1",), 700 - large.tokens),
+        (("mlp.0",), 700 - small.tokens),
+    ]
+    assert (found.verdict, found.tokens) == ("fewer tokens", small.tokens)
+    more = find(mine(hooks=("resid.1", "mlp.1"), tokens=700))
+    assert (more.verdict, more.missing_hooks) == ("hooks missing, fewer tokens", ("mlp.1",))
+    no_model(monkeypatch)
+    assert run(mine(hooks=("resid.1",), tokens=500)).computed == 0
 
 
 def test_other_work_is_a_field_by_field_diff(mine, tiny_host, tmp_path):  # F108
