@@ -205,7 +205,7 @@ class Filler:
         for position, unit in enumerate(self._units()):
             if self._enough(before):
                 break
-            done = self._done(unit)
+            done = self._done(unit, before)
             if not done and self._mine(position):
                 name = f"u{unit.number:05d}"
                 if claims.acquire(name):
@@ -244,9 +244,11 @@ class Filler:
             if commits or unit.number not in self._empty:
                 return
 
-    def _done(self, unit: Unit) -> bool:
+    def _done(self, unit: Unit, before: int) -> bool:
+        """Whether the unit lacks nothing that the budget asks for behind `before` rows."""
         commits = self._commits(unit)
-        return bool(commits) and commits[-1].last_in_unit
+        whole = bool(commits) and commits[-1].last_in_unit
+        return whole or self._enough(before + sum(c.rows for c in commits))
 
     def _fill_unit(self, unit: Unit, before: int, bar: Any) -> None:
         """Commit the segments that the unit lacks, until the budget is met."""

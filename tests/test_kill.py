@@ -22,7 +22,7 @@ from actcache.store import open_store, verify
 from actcache.store.canaries import canaries, canary_files
 from actcache.store.collect import find_garbage, remove
 from actcache.store.publish import publish
-from actcache.store.reader import read_record
+from actcache.store.reader import commit_files, read_record
 from actcache.store.schema import Commit
 
 PUBLISHERS = (actcache.store.writer, actcache.store.canaries, actcache.store.claims)
@@ -78,7 +78,7 @@ def files_named(store):
     Two writers may commit segments beyond the budget, which no snapshot names but a commit does.
     """
     keys = {"store.json", "vocab.json", *(f"snapshots/{n}.json" for n in store.snapshot_names())}
-    files = sorted((store.path / "commits").glob("u*.json"))
+    files = commit_files(store.path)
     records = [read_record(Commit, store.path, file) for file in files]
     keys |= {str(f.relative_to(store.path)) for f in (*files, *canary_files(store.path))}
     return keys | {

@@ -34,7 +34,7 @@ from actcache.store.schema import (
     vet_objects,
 )
 from actcache.store.shard import ShardReader
-from actcache.store.untrusted import inside
+from actcache.store.untrusted import names_in
 from actcache.store.writer import publish_group
 
 CONTEXTS = 8
@@ -113,8 +113,7 @@ class Canary:
 
 def canary_files(root: Path) -> list[Path]:
     """Records of the canaries of the store at `root`."""
-    files = inside(root, root / layout.CANARIES).glob("*.json")
-    return sorted(f for f in files if _FILE.fullmatch(f.name))
+    return names_in(root, layout.CANARIES, _FILE)
 
 
 def read_canary(store: Store, file: Path) -> Canary:

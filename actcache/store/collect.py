@@ -17,7 +17,7 @@ from actcache.store import layout
 from actcache.store.canaries import CanaryRecord, canary_files
 from actcache.store.claims import Claims
 from actcache.store.publish import PARTIAL
-from actcache.store.reader import read_record
+from actcache.store.reader import commit_files, read_record
 from actcache.store.schema import Commit
 from actcache.store.untrusted import inside
 
@@ -39,7 +39,7 @@ def find_garbage(root: Path, grace: float = GRACE) -> list[Garbage]:
         inside(root, root / name)  # nothing is removed outside the store
     claims = Claims(root / layout.CLAIMS, "gc")
     now = claims.now()
-    commits = (read_record(Commit, root, f) for f in (root / layout.COMMITS).glob("u*.json"))
+    commits = (read_record(Commit, root, f) for f in commit_files(root))
     canaries = (read_record(CanaryRecord, root, f) for f in canary_files(root))
     named = {root / r.folder for records in (commits, canaries) for r in records}
     attempts, partials = _attempts(root, named), _partials(root, named)

@@ -33,10 +33,11 @@ from actcache.store.schema import (
 )
 from actcache.store.shard import ShardReader, check_crc
 from actcache.store.stats import HookStats
-from actcache.store.untrusted import MAX_JSON_BYTES, inside, read_file
+from actcache.store.untrusted import MAX_JSON_BYTES, names_in, read_file
 from actcache.store.vocab import decode_vocab
 
 T = TypeVar("T", bound=Record)
+_COMMIT = re.compile(r"u.*\.json")
 _SNAPSHOT = re.compile(r"[1-9][0-9]{0,17}\.json")
 
 
@@ -67,8 +68,12 @@ def open_store(path: str | Path) -> Store:
 
 def snapshot_numbers(root: Path) -> list[int]:
     """Numbers of the snapshots of the store at `root`, oldest first."""
-    files = inside(root, root / layout.SNAPSHOTS).glob("*.json")
-    return sorted(int(f.stem) for f in files if _SNAPSHOT.fullmatch(f.name))
+    return sorted(int(file.stem) for file in names_in(root, layout.SNAPSHOTS, _SNAPSHOT))
+
+
+def commit_files(root: Path) -> list[Path]:
+    """Every commit record of the store at `root`, in a snapshot or not."""
+    return names_in(root, layout.COMMITS, _COMMIT)
 
 
 @dataclass(frozen=True)

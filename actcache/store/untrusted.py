@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from io import FileIO
@@ -36,6 +37,20 @@ def inside(root: Path, path: Path) -> Path:
             "own folder: copy the files there instead of linking them"
         )
     return path
+
+
+def names_in(root: Path, folder: str, pattern: re.Pattern[str]) -> list[Path]:
+    """Entries of a folder of the store whose whole name matches, sorted; none if there is none.
+
+    Raises DamagedError if it leads outside or cannot be listed: unreadable is not empty.
+    """
+    path = inside(root, root / folder)
+    try:
+        return sorted(entry for entry in path.iterdir() if pattern.fullmatch(entry.name))
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
 
 
 def open_file(root: Path | None, path: Path) -> FileIO:

@@ -22,7 +22,7 @@ from actcache.store.encode import encode_acts, encode_group, encode_tokens
 from actcache.store.errors import DamagedError, IdentityError, StoreError
 from actcache.store.ids import bytes_digest, diff, file_digest
 from actcache.store.publish import PARTIAL, publish
-from actcache.store.reader import read_record, snapshot_numbers
+from actcache.store.reader import commit_files, read_record, snapshot_numbers
 from actcache.store.schema import (
     Commit,
     CommittedHook,
@@ -61,7 +61,7 @@ class StoreWriter:
 
     def refresh(self) -> None:
         """Learn of commits that other writers have made."""
-        for file in sorted((self.path / layout.COMMITS).glob("u*.json")):
+        for file in commit_files(self.path):
             if file.name not in self._known:
                 self._add(read_record(Commit, self.path, file))
 
