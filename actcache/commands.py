@@ -289,7 +289,7 @@ def gc(args: list[str]) -> int:
     names = [str(g.path.relative_to(root)) for g in garbage]
     facts = {"store": str(root), "removed": names, "bytes": freed, "dry_run": options.dry_run}
     did = "would be removed" if options.dry_run else "removed"
-    text = "\n".join([*names, f"{len(names):,} things of {_bytes(freed)} {did}"])
+    text = "\n".join([*names, f"{len(names):,} {did}, {_bytes(freed)}"])
     _print(facts, options.json, text)
     return 0
 

@@ -53,8 +53,7 @@ class _File:
 
 def copy_bytes(source: Snapshot, hooks: Sequence[str] | None = None) -> int:
     """Bytes of the objects that `copy_snapshot` will copy or check."""
-    chosen = (c for _, commits in _chosen(source, hooks) for c in commits)
-    return sum(o.bytes for c in chosen for o in c.objects)
+    return sum(f.bytes or 0 for f in _files(source, list(_chosen(source, hooks))))
 
 
 def copy_snapshot(
