@@ -159,6 +159,19 @@ def check(store_path: str | Path, host: HostSettings) -> list[CanaryResult]:
     return [results[hook] for hook in sorted(results)]
 
 
+def table(results: Sequence[CanaryResult]) -> str:
+    """What the command prints."""
+    lines = [f"{'hook':<24}{'tokens':>8}{'median':>11}{'largest':>11}{'allowed':>11}  verdict"]
+    for r in results:
+        where = f"differs most at context {r.worst[0]}, position {r.worst[1]}"
+        lines.append(
+            f"{r.hook:<24}{r.tokens:>8}{r.median:>11.2e}{r.largest:>11.2e}{r.tolerance:>11.0e}  "
+            + ("the same model" if r.ok else f"ANOTHER MODEL, {where}")
+        )
+    lines += ["relative error |a - b| / |b| of a token's activations: yours a, stored b"]
+    return "\n".join([*lines, *(results[0].differs if results else ())])
+
+
 def _compare(
     canary: Canary, builder: SegmentBuilder, mine: Host, tolerance: float, differs: tuple[str, ...]
 ) -> list[CanaryResult]:

@@ -1,5 +1,5 @@
 """The command `actcache`. The only module here that imports Hydra: what takes settings (run, plan,
-find, add-hooks) is composed here, the rest is in commands.py.
+find, add-hooks, verify --canary) is composed here, the rest is in commands.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ actcache: cache the activations of a language model, once, for every SAE
       identity, hooks, tokens, bytes, statistics
   actcache verify STORE [--snapshot N] [--json]
       check every byte against its digest
+  actcache verify STORE --canary host=HOST [host.dtype=…] [--json]
+      compare the activations kept for a few contexts with what your own model gives;
+      exit status 1 if they differ by more than rounding does
   actcache cp SOURCE TARGET [--snapshot N] [--hooks A,B] [--json]
       copy a store, every byte checked; the same command continues an interrupted copy
   actcache gc STORE [--older-than SECONDS] [--dry-run] [--json]
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "add-hooks": _add_hooks,
         "ls": commands.ls,
         "info": commands.info,
-        "verify": commands.verify,
+        "verify": _verify,
         "cp": commands.cp,
         "gc": commands.gc,
     }
@@ -224,6 +227,36 @@ def _add_hooks(args: list[str]) -> int:
             raise ActcacheError(f"{name} has no effect here: tokens and contexts are the store's")
     unused = ("data", "tokens", "context", "pack", "part")
     return _compose("add-hooks", [*words, "data=pydocs"], act, unused)
+
+
+# -- verify ----------------------------------------------------------------------------------------
+
+
+def _verify(args: list[str]) -> int:
+    return _canary(args) if "--canary" in args else commands.verify(args)
+
+
+def _canary(args: list[str]) -> int:
+    from actcache.canary import check, table
+    from actcache.host import HostSettings
+    from actcache.run import CacheSettings, resolved_host
+
+    def act(values: dict[str, Any]) -> int:
+        host = resolved_host(build(HostSettings, values["host"]), not as_json, _say(as_json))
+        results = check(store[0], host)
+        rows = [asdict(r) | {"ok": r.ok} for r in results]
+        print(json.dumps(rows, indent=1) if as_json else table(results))
+        return 0 if all(r.ok for r in results) else 1
+
+    words, as_json = _options([a for a in args if a != "--canary"])
+    store = [w for w in words if "=" not in w and not w.startswith("-")]
+    hosts = [w for w in words if w.lstrip("+~").split("=")[0].split(".")[0] == "host"]
+    if len(store) != 1 or len(store) + len(hosts) != len(words):
+        raise ActcacheError(
+            "expected: actcache verify STORE --canary host=HOST, and no other settings than host.*"
+        )
+    unused = {f.name for f in fields(CacheSettings)} - {"host"}
+    return _compose("verify", [*hosts, "data=pydocs"], act, unused)
 
 
 def _options(args: list[str]) -> tuple[list[str], bool]:

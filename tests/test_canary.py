@@ -13,6 +13,7 @@ from conftest import tiny_texts
 from transformers import AutoModelForCausalLM
 
 from actcache.canary import check, relative_errors
+from actcache.cli import main
 from actcache.data import PackSettings
 from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
 from actcache.errors import HookError, HostError, NonFiniteError
@@ -324,3 +325,41 @@ def test_the_points_of_a_canary_are_those_of_the_run(stored, host):
     (canary,) = canaries(stored)
     points = resolve(("resid.0", "resid.1"), None, Host(HostSettings(model=str(host))).skeleton())
     assert [(h.name, h.module) for h in canary.record.hooks] == [(p.name, p.module) for p in points]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def said(capsys, monkeypatch, *words):
+    """Exit status, output and errors of `actcache verify STORE --canary`."""
+    monkeypatch.setattr("sys.argv", ["actcache"])
+    with pytest.raises(SystemExit) as e:
+        main(["verify", *words])
+    return (e.value.code, *capsys.readouterr())
+
+
+def test_the_command_says_which_model_it_is(stored, host, tmp_path, capsys, monkeypatch):
+    words = [str(stored.path), "--canary", "host=local", f"host.model={host}"]
+    code, out, _ = said(capsys, monkeypatch, *words)
+    assert code == 0
+    assert out.count("the same model") == 2
+    code, out, _ = said(capsys, monkeypatch, *words, "host.dtype=bfloat16", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [(r["hook"], r["ok"], r["tolerance"]) for r in rows] == [(h, True, 2e-2) for h in HOOKS]
+    assert [line.split(":")[0] for line in rows[0]["differs"]] == ["host.dtype"]
+    other = changed(host, tmp_path / "rope", rope_parameters={"rope_theta": 500.0}).model
+    code, out, _ = said(capsys, monkeypatch, *words[:3], f"host.model={other}")
+    assert code == 1
+    assert out.count("ANOTHER MODEL, differs most at context") == 2
+    assert "host.config: the store has sha256:" in out
+
+
+def test_the_command_takes_a_store_and_a_host(stored, host, capsys, monkeypatch):
+    words = ["--canary", "host=local", f"host.model={host}"]
+    for more in ([], [str(stored.path), "tokens=5"], [str(stored.path), "--snapshot", "1"]):
+        code, _, err = said(capsys, monkeypatch, *more, *words)
+        assert code == 1
+        assert "expected: actcache verify STORE --canary host=HOST" in err
+    code, _, err = said(capsys, monkeypatch, str(stored.path), *words, "host.modl=x")
+    assert (code, "unknown key 'host.modl'. Did you mean model" in err) == (1, True)
