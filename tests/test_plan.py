@@ -25,7 +25,8 @@ from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
 from actcache.errors import ActcacheError, HookError, HostError
 from actcache.hooks import resolve
 from actcache.host import Host, HostSettings, forward, new_causal_lm, save_host
-from actcache.plan import Assumptions, PlanSettings, _size, plan, table
+from actcache.plan import Assumptions, PlanSettings, plan, table
+from actcache.plan.table import human_bytes
 from actcache.run import LayoutSettings, run
 from actcache.store import SettingsError
 
@@ -472,8 +473,8 @@ def scale_row(config_only, power):
     ]
     k, more = both[0].disk, [p.disk for p in both]
     pairs = [
-        [_size(d.commits) for d in more],
-        [_size(d.bytes) for d in more],
+        [human_bytes(d.commits) for d in more],
+        [human_bytes(d.bytes) for d in more],
         [f"{p.time.gpu_hours:,.2g}" if power < 8 else f"{p.time.gpu_hours:,.0f}" for p in both],
         [
             f"{p.time.writer_hours * 8:,.1f}" if power < 8 else f"{p.time.writer_hours * 8:,.0f}"
@@ -481,7 +482,7 @@ def scale_row(config_only, power):
         ],
         [f"{p.break_even.disk_usd_month:,.0f}" for p in both],
     ]
-    cells = [f"1e{power}", f"{k.segments:,}", f"{k.files:,}", _size(k.snapshot)]
+    cells = [f"1e{power}", f"{k.segments:,}", f"{k.files:,}", human_bytes(k.snapshot)]
     return f"| {' | '.join(cells + [' / '.join(pair) for pair in pairs])} |"
 
 
