@@ -1,17 +1,23 @@
 """What tests of untrusted stores share: a small store, its digests made good, every use of it."""
 
 import json
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pytest
 from stores import make_store
 
-from actcache.store import HookInfo, open_store, verify
+from actcache.store import DamagedError, HookInfo, open_store, verify
 from actcache.store.canaries import canaries, write_canary
 from actcache.store.collect import find_garbage
 from actcache.store.ids import bytes_digest, digest, store_digest
 
 HOOK = "resid.2"
+PEAK = 4 << 20  # bytes that a refusal may allocate; the smallest bait here is 64 times as large
+OPENED: list[str] = []
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
 RECORDS = ("store.json", "vocab.json", "snapshots/1.json", "commits/", "canaries/")
 
 
@@ -115,3 +121,39 @@ def use(root: Path) -> list[str]:
             canary.acts(hook)
     find_garbage(root, grace=0)
     return [f"{c.key}: {c.problem}" for c in verify(snapshot) if c.problem]
+
+
+def edit(root, name, act):
+    """Change a record with `act(values)`, and make every digest good again."""
+    file = record_file(root, name)
+    values = json.loads(file.read_text())
+    act(values)
+    file.write_text(json.dumps(values))
+    seal(root)
+
+
+def put(*path):
+    """A change: `put("hooks", 0, "info", "d", 7)` sets the 7 there."""
+    *keys, last, value = path
+
+    def act(values):
+        for key in keys:
+            values = values[key]
+        values[last] = value
+
+    act.__name__ = f"{'.'.join(map(str, (*keys, last)))}={str(value)[:40]}"
+    return act
+
+
+def refused(root, match, kind=DamagedError):
+    """Using the store fails with `kind`, in these words, with little memory and nothing outside."""
+    OPENED.clear()
+    tracemalloc.start()
+    try:
+        with pytest.raises(kind, match=match):
+            use(root)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < PEAK
+    assert not [path for path in OPENED if "outside" in path or "passwd" in path]
