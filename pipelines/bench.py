@@ -1,10 +1,12 @@
 """What all benchmarks share: ratios of sides that run in turn, one table, one JSON file.
 
-No machine is quiet, so nothing here is a bare time. The sides of a comparison run in turn, in the
-same process or in a pair of processes that wait for each other, and swap places every time (A B,
-B A, ...), so that a slow minute hits both. Each turn gives one ratio; a measure is the median of
-its ratios, with the smallest and the largest beside it. A peer that is not installed is a row that
-says so.
+No machine is quiet, so nothing here is a bare time. Each side of a comparison is a process; in one
+turn both do the same work in slices of half a second, one stopped (SIGSTOP) while the other runs,
+so that a slow minute hits both alike. Only the slices count. Each turn gives one ratio; a measure
+is the median of its ratios, with the smallest and the largest beside it. A peer that is not
+installed is a row that says so.
+
+Bias: what the kernel writes for a stopped process, and what it finds in caches, is not counted.
 
     python -m pipelines.bench_NAME [--quick] [--json FILE]
 """
@@ -15,17 +17,22 @@ import argparse
 import json
 import os
 import platform
+import select
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("measure", "value", "goal", "better", "runs", "min", "max", "unit")
+SLICE = 0.5  # seconds
 _SIGN = {"higher": "≥", "lower": "≤"}
 
 
@@ -96,28 +103,157 @@ def table(measures: Sequence[Measure]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def in_turn(
-    sides: Mapping[str, Callable[[], float]], repetitions: int, note: Callable[[str], None] = print
-) -> dict[str, list[float]]:
-    """What each side returns, `repetitions` times; the order is reversed after every turn."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repetitions):
-        names = list(sides)[:: 1 if turn % 2 == 0 else -1]
-        for name in names:
-            found[name].append(sides[name]())
-        note(
-            f"  {turn + 1}/{repetitions}  "
-            + "  ".join(f"{n} {v[-1]:,.0f}" for n, v in found.items())
+def ratios(
+    found: Mapping[str, Sequence[Mapping[str, Any]]], of: Callable[[Mapping[str, Any]], float]
+) -> tuple[float, ...]:
+    """`of` the first side's answer over `of` the second's, for each turn of `turns`."""
+    first, second = found.values()
+    return tuple(of(a) / of(b) for a, b in zip(first, second, strict=True))
+
+
+def rate(answer: Mapping[str, Any]) -> float:
+    """Tokens a second."""
+    return float(answer["tokens"] / answer["seconds"])
+
+
+# -- sides -----------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that answers one JSON line with another, see `serve`. Use as a context manager."""
+
+    def __init__(self, *command: str | Path) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
         )
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer; RuntimeError if the process died, its own words are on stderr."""
+        self.send(question)
+        return self.receive()
+
+    def send(self, question: Mapping[str, Any]) -> None:
+        """A question, to be answered when the process runs."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the answer."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a side ended with status {self._process.wait()}; see above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def has_answer(self, seconds: float) -> bool:
+        """Wait up to `seconds` for an answer, or for the end of the process."""
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], seconds)[0])
+
+    def stop(self) -> None:
+        """Halt all threads, where they are."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go(self) -> None:
+        """Go on."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self.go()
+        if kind is not None:
+            self._process.kill()
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def private_stdout() -> TextIO:
+    """stdout for answers alone: what libraries print there goes to stderr from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def serve(answers: TextIO, **functions: Callable[..., Mapping[str, Any]]) -> None:
+    """Be a Worker's process: {"do": name, ...} is answered with functions[name](...)."""
+    for line in sys.stdin:
+        question = json.loads(line)
+        answer = functions[question.pop("do")](**question)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+@contextmanager
+def clock() -> Iterator[dict[str, float]]:
+    """What an answer says of the timed part: started, finished (system-wide), processor seconds."""
+    times = {"started": time.monotonic(), "processor": time.process_time()}
+    yield times
+    times |= {
+        "finished": time.monotonic(),
+        "processor": time.process_time() - times["processor"],
+    }
+
+
+def in_slices(
+    sides: Mapping[str, tuple[Worker, Mapping[str, Any]]], slice_s: float = SLICE
+) -> dict[str, dict[str, Any]]:
+    """Ask every worker its question and let them run by turns until all have answered.
+
+    Each answer gains `seconds`: how long the worker ran between its `started` and `finished`.
+    """
+    for worker, question in sides.values():
+        worker.stop()
+        worker.send(question)
+    ran: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    answers: dict[str, dict[str, Any]] = {}
+    while len(answers) < len(sides):
+        for name in [n for n in sides if n not in answers]:
+            worker, begin = sides[name][0], time.monotonic()
+            worker.go()
+            if worker.has_answer(slice_s):
+                answers[name] = worker.receive()
+            worker.stop()
+            ran[name].append((begin, time.monotonic()))
+    for name, (worker, _) in sides.items():
+        worker.go()
+        answers[name]["seconds"] = overlap(
+            ran[name], answers[name]["started"], answers[name]["finished"]
+        )
+    return answers
+
+
+def overlap(windows: Sequence[tuple[float, float]], started: float, finished: float) -> float:
+    """Length of the part of [started, finished] that lies in the windows."""
+    return sum(max(0.0, min(b, finished) - max(a, started)) for a, b in windows)
+
+
+def turns(
+    sides: Mapping[str, tuple[Worker, Mapping[str, Any]]],
+    repetitions: int,
+    say: Callable[[str], None],
+) -> dict[str, list[dict[str, Any]]]:
+    """Answers of one turn to warm up, which is dropped, and of `repetitions` turns that count."""
+    in_slices(sides)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for turn in range(repetitions):
+        names = list(sides)[:: 1 if turn % 2 == 0 else -1]  # who begins
+        for name, answer in in_slices({n: sides[n] for n in names}).items():
+            found[name].append(answer)
+        rates = (f"{n} {rate(a[-1]):,.0f}" for n, a in found.items())
+        say(f"  {turn + 1}/{repetitions}  {'  '.join(rates)}")
     return found
-
-
-def ratios(of: Sequence[float], to: Sequence[float]) -> tuple[float, ...]:
-    """One ratio for each turn."""
-    return tuple(a / b for a, b in zip(of, to, strict=True))
-
-
-# -- peers -----------------------------------------------------------------------------------------
 
 
 def peer_python() -> Path:
@@ -128,51 +264,12 @@ def peer_python() -> Path:
 def why_absent(package: str, python: Path | None = None) -> str | None:
     """None if the peers' environment has `package`, else a sentence for the table."""
     python = python or peer_python()
+    missing = f"{package} is not installed (make peers)"
     if not python.exists():
-        return f"{package} is not installed (make peers)"
+        return missing
     code = f"import importlib.metadata as m; m.version({package!r})"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return None if found.returncode == 0 else f"{package} is not installed (make peers)"
-
-
-class Peer:
-    """A script in the peers' environment that answers one JSON line with another.
-
-    The script imports and warms up once; between questions it waits, and uses no processor.
-    """
-
-    def __init__(self, script: Path, python: Path | None = None) -> None:
-        self._process = subprocess.Popen(
-            [python or peer_python(), script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
-        )
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """The script's answer; RuntimeError if it died, its own words are on stderr."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the peer ended with status {self._process.wait()}; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+    found = subprocess.run([python, "-c", code], capture_output=True, check=False)
+    return None if found.returncode == 0 else missing
 
 
 # -- the command -----------------------------------------------------------------------------------

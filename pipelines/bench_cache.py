@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,31 +36,40 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import actcache.run
 from actcache.data import PackSettings
-from actcache.demo import demo_paths
-from actcache.demo.corpus import build_corpus
-from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
 from actcache.hooks import HookPoint, resolve
-from actcache.host import Host, HostSettings, new_causal_lm, save_host
+from actcache.host import Host, HostSettings
 from actcache.plan import plan
 from actcache.run import CacheSettings, LayoutSettings, run
 from actcache.sources import DataSettings
 from actcache.store import Store
-from pipelines.bench import Measure, Peer, command, in_turn, ratios, why_absent
+from pipelines.bench import (
+    ROOT,
+    Measure,
+    Worker,
+    clock,
+    command,
+    peer_python,
+    private_stdout,
+    rate,
+    ratios,
+    serve,
+    turns,
+    why_absent,
+)
+from pipelines.bench_data import corpus, make_data, make_host
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much work. One turn of one side takes about ten seconds on two cores at full size."""
+    """How much work. One side of a turn takes about ten seconds on two cores at full size."""
 
     d: int = 512
     layers: int = 6
@@ -71,7 +79,7 @@ class Scale:
     segment_rows: int = 8192
     context: int = 128
     batch_tokens: int = 4096
-    turns: int = 7
+    turns: int = 5
     hook: str = "resid.3"  # the one hook; all hooks: the residual stream behind every block
 
     @property
@@ -93,41 +101,6 @@ QUICK = Scale(
 )
 
 
-def make_host(folder: Path, texts: Sequence[str], scale: Scale) -> None:
-    """A Hugging Face folder: random GPT-NeoX of the scale, byte-level BPE of the texts."""
-    tokenizer = train_tokenizer(texts, scale.vocab, progress=False)
-    config = {
-        "model_type": "gpt_neox",
-        "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": scale.d,
-        "intermediate_size": 4 * scale.d,
-        "num_hidden_layers": scale.layers,
-        "num_attention_heads": scale.heads,
-        "max_position_embeddings": 2 * scale.context,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    save_host(new_causal_lm(config, seed=0), tokenizer, folder, **special)
-
-
-def make_data(folder: Path, documents: Sequence[tuple[str, str]], host: Path, tokens: int) -> None:
-    """A folder with one parquet file: as many (id, text) as give `tokens` tokens, no more."""
-    tokenizer = Host(HostSettings(model=str(host))).tokenizer
-    table: dict[str, list[str]] = {"id": [], "text": []}
-    have = 0
-    for key, text in documents:
-        table["id"].append(key)
-        table["text"].append(text)
-        have += len(tokenizer(text, verbose=False).input_ids) + 1  # and its separator
-        if have > tokens:
-            break
-    if have <= tokens:
-        raise ValueError(f"the documents give {have:,} tokens, {tokens:,} are needed")
-    folder.mkdir()
-    pq.write_table(pa.table(table), folder / "train.parquet")
-
-
 class LoadedHost(Host):
     """A host whose weights are read and digested before the clock starts."""
 
@@ -144,12 +117,11 @@ class LoadedHost(Host):
 
 
 class Bench:
-    """One host, one folder of text, and the sides that cache them."""
+    """One host, one folder of text, and what caches them; one object in each process."""
 
     def __init__(self, folder: Path, host: Path, data: Path, scale: Scale) -> None:
         """`folder` is for stores and caches; they are removed after each turn."""
         self.folder, self.data, self.scale = folder, data, scale
-        self.processor: dict[str, list[float]] = {}  # seconds a token, by side
         self.host = LoadedHost(HostSettings(model=str(host), batch_tokens=scale.batch_tokens))
 
     def settings(self, hooks: Sequence[str], store: Path, segments: int) -> CacheSettings:
@@ -172,46 +144,42 @@ class Bench:
     def all(self) -> tuple[str, ...]:
         return tuple(f"resid.{i}" for i in range(self.scale.layers))
 
-    @contextmanager
-    def clock(self, side: str, tokens: int) -> Iterator[Callable[[], float]]:
-        """Times the block; the function that it gives returns tokens a second, afterwards."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        took: list[float] = []
-        yield lambda: tokens / took[0]
-        took.append(time.perf_counter() - wall)
-        self.processor.setdefault(side, []).append((time.process_time() - cpu) / tokens)
+    # -- sides: called in the workers -------------------------------------------------------------
 
-    # -- ours -------------------------------------------------------------------------------------
-
-    def run(
-        self,
-        hooks: tuple[str, ...],
-        look: Callable[[Store], Any] | None = None,
-        begun: Path | None = None,
-    ) -> float:
-        """Tokens a second of `actcache run`; `look` sees the store before it is removed.
-
-        The store is new, or continues a copy of `begun`, which holds one segment.
-        """
+    def run(self, hooks: Sequence[str], begun: str | None = None) -> dict[str, Any]:
+        """`actcache run` into a new store, or continuing a copy of `begun`, which has a segment."""
         tokens = (self.scale.segments - (begun is not None)) * self.scale.segment_rows
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             store = Path(folder, "store")
             if begun is not None:
                 shutil.copytree(begun, store)
-            with self._loaded(folder), self.clock("ours", tokens) as rate:
+            with self._loaded(folder), clock() as times:
                 done = run(self.settings(hooks, store, self.scale.segments))
             if done.computed != tokens:
                 raise RuntimeError(f"expected {tokens:,} tokens, got {done.computed:,}")
-            if look is not None:
-                look(done.store)
-        return rate()
+            size = sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
+            ids = token_ids(done.store).astype("<i4").tobytes()
+        return times | {"tokens": tokens, "bytes": size, "ids": hashlib.sha256(ids).hexdigest()}
 
-    def begin(self, hooks: tuple[str, ...]) -> Path:
-        """A store with one segment of the hooks, and its canary."""
-        store = Path(tempfile.mkdtemp(dir=self.folder), "store")
-        with self._loaded(str(store.parent)):
-            run(self.settings(hooks, store, 1))
-        return store
+    def bare(self, hooks: Sequence[str], ids: str) -> dict[str, Any]:
+        """A forward loop over the contexts in the file `ids`: no hooks, no mask, nothing kept.
+
+        The model is cut as `run` cuts it for the hooks; batches end where segments do.
+        """
+        batches = self.batches(np.load(ids))
+        model = self.host.load(resolve(tuple(hooks), None, self.host.skeleton()))
+        with torch.inference_mode(), clock() as times:
+            for ids_BT in batches:
+                model(input_ids=ids_BT, use_cache=False)
+        return times | {"tokens": sum(b.numel() for b in batches)}
+
+    def batches(self, ids: NDArray[np.uint32]) -> list[Tensor]:
+        """Token ids (B, T) of each forward pass; all contexts are full: the data does not end."""
+        of_segment = self.scale.segment_rows // self.scale.context
+        of_batch = self.scale.batch_tokens // self.scale.context
+        contexts = torch.from_numpy(ids.astype(np.int64)).reshape(-1, self.scale.context)
+        segments = torch.split(contexts, of_segment)
+        return [batch for segment in segments for batch in torch.split(segment, of_batch)]
 
     @contextmanager
     def _loaded(self, home: str) -> Iterator[None]:
@@ -222,95 +190,73 @@ class Bench:
         ):
             yield
 
-    # -- the forward pass alone -------------------------------------------------------------------
+    # -- comparisons: called in the main process --------------------------------------------------
+
+    def worker(self) -> Worker:
+        """A process with a Bench like this one."""
+        code = "from pipelines.bench_cache import serve_sides; serve_sides()"
+        paths = (self.folder, self.host.settings.model, self.data)
+        about = json.dumps([*map(str, paths), asdict(self.scale)])
+        return Worker(sys.executable, "-c", code, about)
+
+    def begin(self, hooks: Sequence[str]) -> str:
+        """A store with one segment of the hooks, and its canary."""
+        store = Path(tempfile.mkdtemp(dir=self.folder), "store")
+        with self._loaded(str(store.parent)):
+            run(self.settings(hooks, store, 1))
+        return str(store)
 
     @cached_property
-    def contexts(self) -> list[NDArray[np.uint32]]:
-        """Token ids of every context in the order in which `run` feeds them."""
-        found: list[NDArray[np.uint32]] = []
+    def ids(self) -> NDArray[np.uint32]:
+        """Token ids of all segments, in the order in which `run` feeds them."""
+        store = Path(tempfile.mkdtemp(dir=self.folder), "store")
+        with self._loaded(str(store.parent)):
+            return token_ids(run(self.settings(self.one, store, self.scale.segments)).store)
 
-        def look(store: Store) -> None:
-            for segment in store.snapshot().segments:
-                tokens = segment.tokens()
-                rows = np.lexsort((tokens.pos, tokens.ctx))
-                starts = np.flatnonzero(np.diff(tokens.ctx[rows])) + 1
-                found.extend(np.split(tokens.token_id[rows], starts))
-
-        self.run(self.one, look)
-        return found
-
-    def batches(self) -> list[Tensor]:
-        """Token ids (B, T) of each forward pass behind the first segment.
-
-        All contexts are full, because the data does not end within the run.
-        """
-        of_segment = self.scale.segment_rows // self.scale.context
-        of_batch = self.scale.batch_tokens // self.scale.context
-        found: list[Tensor] = []
-        for first in range(of_segment, len(self.contexts), of_segment):
-            segment = np.stack(self.contexts[first : first + of_segment]).astype(np.int64)
-            found += torch.split(torch.from_numpy(segment), of_batch)
-        return found
-
-    def bare(self, model: nn.Module, batches: Sequence[Tensor]) -> float:
-        """Tokens a second of a forward loop: no hooks, no mask, nothing kept."""
-        tokens = sum(b.numel() for b in batches)
-        with torch.inference_mode(), self.clock("bare", tokens) as rate:
-            for ids_BT in batches:
-                model(input_ids=ids_BT, use_cache=False)
-        return rate()
-
-    def against_bare(self, hooks: tuple[str, ...], say: Say) -> tuple[float, ...]:
+    def against_bare(
+        self, ours: Worker, bare: Worker, hooks: Sequence[str], say: Say
+    ) -> tuple[float, ...]:
         """Ratios of tokens a second."""
-        begun, batches = self.begin(hooks), self.batches()
-        model = self.host.load(resolve(hooks, None, self.host.skeleton()))
+        file = self.folder / "ids.npy"
+        np.save(file, self.ids[self.scale.segment_rows :])
         sides = {
-            "ours": lambda: self.run(hooks, begun=begun),
-            "bare": lambda: self.bare(model, batches),
+            "ours": (ours, {"do": "run", "hooks": hooks, "begun": self.begin(hooks)}),
+            "bare": (bare, {"do": "bare", "hooks": hooks, "ids": str(file)}),
         }
-        in_turn(sides, 1, lambda _: None)  # warm up: lazy imports, page cache
-        self.processor.clear()
-        found = in_turn(sides, self.scale.turns, say)
-        cpu = statistics.median(ratios(self.processor["ours"], self.processor["bare"]))
-        say(f"  processor time a token, ours / bare: {cpu:.3f}")
-        return ratios(found["ours"], found["bare"])
+        found = turns(sides, self.scale.turns, say)
+        cpu = statistics.median(ratios(found, lambda a: a["processor"]))
+        say(f"  processor time, ours / bare: median {cpu:.3f}")
+        return ratios(found, rate)
 
-    # -- SAELens ----------------------------------------------------------------------------------
-
-    def against_saelens(self, peer: Peer, say: Say) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def against_saelens(
+        self, ours: Worker, say: Say
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Ratios of tokens a second, and of bytes on disk."""
-        sizes: dict[str, list[int]] = {"ours": [], "saelens": []}
-        ids = hashlib.sha256(np.concatenate(self.contexts).astype("<i4").tobytes()).hexdigest()
-        point = resolve(self.one, None, self.host.skeleton())[0]
-        prefix = getattr(self.host.skeleton(), "base_model_prefix", "")
-
-        def ours() -> float:
-            return self.run(self.one, lambda store: sizes["ours"].append(_bytes(Path(store.path))))
-
-        def theirs() -> float:
-            answer = peer.ask(
-                do="cache",
-                host=self.host.settings.model,
-                data=str(self.data),
-                out=str(self.folder / "saelens"),
-                hook=f"{prefix}.{point.module}".removeprefix("."),
-                d=self.scale.d,
-                tokens=self.scale.tokens,
-                context=self.scale.context,
-                batch_tokens=self.scale.batch_tokens,
-                buffer_tokens=self.scale.segment_rows,
-                dtype="float32",
-                threads=torch.get_num_threads(),
-            )
-            if (answer["tokens"], answer["ids"]) != (self.scale.tokens, ids):
-                raise RuntimeError("SAELens cached other tokens than ours: nothing to compare")
-            sizes["saelens"].append(answer["bytes"])
-            return float(answer["tokens"] / answer["seconds"])
-
-        in_turn({"ours": ours, "saelens": theirs}, 1, lambda _: None)
-        found = in_turn({"ours": ours, "saelens": theirs}, self.scale.turns, say)
-        in_bytes = ratios(sizes["ours"][1:], sizes["saelens"][1:])
-        return ratios(found["ours"], found["saelens"]), in_bytes
+        skeleton = self.host.skeleton()
+        module = resolve(self.one, None, skeleton)[0].module
+        prefix = getattr(skeleton, "base_model_prefix", "")
+        question = {
+            "do": "cache",
+            "host": self.host.settings.model,
+            "data": str(self.data),
+            "out": str(self.folder / "saelens"),
+            "hook": f"{prefix}.{module}".removeprefix("."),
+            "d": self.scale.d,
+            "tokens": self.scale.tokens,
+            "context": self.scale.context,
+            "batch_tokens": self.scale.batch_tokens,
+            "buffer_tokens": self.scale.segment_rows,
+            "dtype": "float32",
+            "threads": torch.get_num_threads(),
+        }
+        script = Path(__file__).with_name("peer_saelens.py")
+        with Worker(peer_python(), script) as peer:
+            asked: dict[str, Any] = {"do": "run", "hooks": self.one}
+            sides = {"ours": (ours, asked), "saelens": (peer, question)}
+            found = turns(sides, self.scale.turns, say)
+        if len({(a["tokens"], a["ids"]) for answers in found.values() for a in answers}) != 1:
+            raise RuntimeError("SAELens cached other tokens than ours: nothing to compare")
+        return ratios(found, rate), ratios(found, lambda a: a["bytes"])
 
     # -- memory -----------------------------------------------------------------------------------
 
@@ -324,14 +270,28 @@ class Bench:
                 planned = memory.replicated + memory.segment_buffers
                 code = "from pipelines.bench_cache import grow; grow()"
                 asked = json.dumps(asdict(settings))
-                env = {**os.environ, "ACTCACHE_HOME": f"{folder}/home"}
+                paths = {"ACTCACHE_HOME": f"{folder}/home", "PYTHONPATH": str(ROOT)}
                 grown = subprocess.run(
-                    [sys.executable, "-c", code], input=asked, env=env, text=True,
+                    [sys.executable, "-c", code], input=asked, env=os.environ | paths, text=True,
                     stdout=subprocess.PIPE, check=True,
                 )  # fmt: skip
             found.append(int(grown.stdout) / planned)
             say(f"  {turn + 1}/{self.scale.turns}  grew {int(grown.stdout):,}  planned {planned:,}")
         return tuple(found)
+
+
+def serve_sides() -> None:
+    """In a worker: answer `run` and `bare`."""
+    answers = private_stdout()
+    folder, host, data, scale = json.loads(sys.argv[1])
+    bench = Bench(Path(folder), Path(host), Path(data), Scale(**scale))
+    serve(answers, run=bench.run, bare=bench.bare)
+
+
+def token_ids(store: Store) -> NDArray[np.uint32]:
+    """Token ids of all rows, in the order in which the host saw them."""
+    tables = [segment.tokens() for segment in store.snapshot().segments]
+    return np.concatenate([t.token_id[np.lexsort((t.pos, t.ctx))] for t in tables])
 
 
 def grow() -> None:
@@ -354,53 +314,44 @@ def _status(field: str) -> int:
     return int(next(x for x in lines if x.startswith(f"{field}:")).split()[1]) * 1024
 
 
-def _bytes(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-
-
 def measures(bench: Bench, say: Say) -> list[Measure]:
     """All rows of the table."""
     fast: dict[str, Any] = {"better": "higher", "unit": "x tokens/s"}
-    say(f"ours / bare, {bench.scale.hook}: tokens a second")
-    one = bench.against_bare(bench.one, say)
-    say(f"ours / bare, {len(bench.all)} hooks: tokens a second")
-    every = bench.against_bare(bench.all, say)
-    rows = [
-        Measure(name="vs_bare_forward_1_hook", goal=0.97, ratios=one, **fast),
-        Measure(name="vs_bare_forward_all_hooks", goal=0.90, ratios=every, **fast),
-    ]
     small: dict[str, Any] = {"goal": 1.0, "better": "lower"}
     speed: dict[str, Any] = {"skipped": why_absent("sae-lens")}
     size = speed
-    if speed["skipped"] is None:
-        say(f"ours / SAELens, {bench.scale.hook}: tokens a second")
-        with Peer(Path(__file__).with_name("peer_saelens.py")) as peer:
-            faster, smaller = bench.against_saelens(peer, say)
-        speed, size = {"ratios": faster}, {"ratios": smaller}
-    rows.append(Measure(name="vs_saelens", goal=2.0, **fast, **speed))
-    rows.append(Measure(name="bytes_vs_saelens", unit="x bytes on disk", **small, **size))
+    with bench.worker() as ours:
+        with bench.worker() as bare:
+            say(f"ours / bare, {bench.scale.hook}: tokens a second")
+            one = bench.against_bare(ours, bare, bench.one, say)
+            say(f"ours / bare, {len(bench.all)} hooks: tokens a second")
+            every = bench.against_bare(ours, bare, bench.all, say)
+        if speed["skipped"] is None:
+            say(f"ours / SAELens, {bench.scale.hook}: tokens a second")
+            faster, smaller = bench.against_saelens(ours, say)
+            speed, size = {"ratios": faster}, {"ratios": smaller}
     memory: dict[str, Any] = {"skipped": "this system has no /proc to read peak memory from"}
     if Path("/proc/self/clear_refs").exists():
         say("peak memory / plan, all hooks: bytes")
         memory = {"ratios": bench.against_plan(say)}
-    rows.append(Measure(name="peak_memory_vs_plan", unit="x bytes", **small, **memory))
-    return rows
+    return [
+        Measure(name="vs_bare_forward_1_hook", goal=0.97, ratios=one, **fast),
+        Measure(name="vs_bare_forward_all_hooks", goal=0.90, ratios=every, **fast),
+        Measure(name="vs_saelens", goal=2.0, **fast, **speed),
+        Measure(name="bytes_vs_saelens", unit="x bytes on disk", **small, **size),
+        Measure(name="peak_memory_vs_plan", unit="x bytes", **small, **memory),
+    ]
 
 
 def measure(quick: bool, say: Say) -> list[Measure]:
     """Make host and data in a scratch folder, and measure there."""
-    scale = QUICK if quick else Scale()
-    corpus = build_corpus(demo_paths().corpus.parent, progress=False)
-    columns = pq.read_table(corpus, columns=["id", "text"]).to_pydict()
-    documents = list(zip(columns["id"], columns["text"], strict=True))
-    folder = Path(tempfile.mkdtemp(prefix="bench_cache."))
-    try:
+    scale, documents = QUICK if quick else Scale(), corpus()
+    with tempfile.TemporaryDirectory(prefix="bench_cache.") as scratch:
+        folder = Path(scratch)
         host, data = folder / "host", folder / "data"
-        make_host(host, columns["text"], scale)
+        make_host(host, [text for _, text in documents], scale)
         make_data(data, documents, host, scale.tokens)
         return measures(Bench(folder, host, data, scale), say)
-    finally:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

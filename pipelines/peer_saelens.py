@@ -1,22 +1,18 @@
-"""SAELens in its own environment, for the benchmarks; imports nothing of ours.
+"""SAELens in its own environment, as a side of the benchmarks; needs no package of ours.
 
-Reads one JSON question a line and answers with one JSON line; whatever libraries print goes to
-stderr. Only the work that is compared is timed: imports, loading the model and opening the data
-set come before the clock.
+Only the work that is compared is timed: imports, loading the model and opening the data set come
+before the clock.
 """
 
 import hashlib
-import json
 import logging
-import os
 import shutil
-import sys
-import time
 import warnings
 from pathlib import Path
 
-ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
+from pipelines.bench import clock, private_stdout, serve
+
+ANSWERS = private_stdout()
 
 import torch  # noqa: E402
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig  # noqa: E402
@@ -26,7 +22,7 @@ logging.disable(logging.WARNING)
 
 
 def cache(host, data, out, hook, d, tokens, context, batch_tokens, buffer_tokens, dtype, threads):
-    """One run of the cache runner on local text; tokens, seconds, bytes and a digest of the ids."""
+    """One run of the cache runner on local text; tokens, times, bytes and a digest of the ids."""
     torch.set_num_threads(threads)
     shutil.rmtree(out, ignore_errors=True)
     size = {"float32": 4, "float16": 2}[dtype]
@@ -48,20 +44,15 @@ def cache(host, data, out, hook, d, tokens, context, batch_tokens, buffer_tokens
         shuffle=False,
     )
     runner = CacheActivationsRunner(cfg)
-    started = time.perf_counter()
-    found = runner.run()
-    seconds = time.perf_counter() - started
+    with clock() as times:
+        found = runner.run()
     ids = found.with_format("numpy")["token_ids"][:].astype("<i4")
-    return {
+    return times | {
         "tokens": int(ids.size),
-        "seconds": seconds,
         "bytes": sum(f.stat().st_size for f in Path(out).rglob("*") if f.is_file()),
         "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        question = json.loads(line)
-        answer = {"cache": cache}[question.pop("do")](**question)
-        print(json.dumps(answer), file=ANSWERS, flush=True)
+    serve(ANSWERS, cache=cache)

@@ -4,20 +4,32 @@ import json
 import re
 import statistics
 import sys
-from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_texts
 
-from actcache.data import contexts
+from actcache.data import contexts, resolve_packing
+from actcache.hooks import resolve
 from actcache.sources import open_source
 from pipelines import bench, bench_cache
-from pipelines.bench import COLUMNS, Measure, Peer, command, in_turn, ratios, table, why_absent
+from pipelines.bench import (
+    COLUMNS,
+    Measure,
+    Worker,
+    command,
+    in_slices,
+    overlap,
+    rate,
+    ratios,
+    table,
+    turns,
+    why_absent,
+)
 from pipelines.bench_cache import Bench, Scale
+from pipelines.bench_data import make_data
 
 FIELDS = ["value", "goal", "better", "runs", "min", "max", "unit"]
 KEYS = [
@@ -83,29 +95,73 @@ def test_skipped_measures_are_named_in_table_and_json(tmp_path, capsys):
     assert "peer is not installed" in written["vs_peer"]["skipped"]
 
 
-def test_sides_run_in_turn_and_swap_places():
-    ran = []
-
-    def side(name):
-        return lambda: ran.append(name) or len(ran)
-
-    found = in_turn({"a": side("a"), "b": side("b")}, 3, quiet)
-    assert "".join(ran) == "abbaab"
-    assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}
-    assert ratios(found["a"], found["b"]) == (1 / 2, 4 / 3, 5 / 6)
+def side(script, *more):
+    return Worker(sys.executable, script, *more)
 
 
-def test_peers_answer_line_by_line_and_their_death_is_said(tmp_path):
-    script = tmp_path / "peer.py"
+@pytest.fixture
+def counter(tmp_path):
+    """A side that counts for a while, and says when it did."""
+    script = tmp_path / "side.py"
     script.write_text(
-        "import json, sys\n"
-        "for line in sys.stdin:\n"
-        "    print(json.dumps({'twice': 2 * json.loads(line)['n']}), flush=True)\n"
+        "import time\n"
+        "from pipelines.bench import clock, private_stdout, serve\n"
+        "def count(tokens):\n"
+        "    print('not an answer')\n"
+        "    with clock() as times:\n"
+        "        for _ in range(tokens):\n"
+        "            until = time.process_time() + 0.001\n"
+        "            while time.process_time() < until: pass\n"
+        "    return times | {'tokens': tokens}\n"
+        "serve(private_stdout(), count=count)\n"
     )
-    with Peer(script, Path(sys.executable)) as peer:
-        assert [peer.ask(n=n)["twice"] for n in (1, 5)] == [2, 10]
+    return script
+
+
+def test_sides_answer_line_by_line_and_their_death_is_said(counter):
+    with side(counter) as worker:
+        assert [worker.ask(do="count", tokens=n)["tokens"] for n in (1, 5)] == [1, 5]
         with pytest.raises(RuntimeError, match="ended with status 1"):
-            peer.ask(m=0)
+            worker.ask(do="nothing")
+
+
+def test_only_the_slices_of_a_side_count(counter):
+    with side(counter) as a, side(counter) as b:
+        a.ask(do="count", tokens=1)
+        b.ask(do="count", tokens=1)
+        sides = {
+            "a": (a, {"do": "count", "tokens": 100}),
+            "b": (b, {"do": "count", "tokens": 50}),
+        }
+        answers = in_slices(sides, slice_s=0.02)
+    for name, (_, asked) in sides.items():
+        found = answers[name]
+        assert found["tokens"] == asked["tokens"]
+        assert found["processor"] >= 0.001 * asked["tokens"]
+        assert found["seconds"] >= 0.9 * found["processor"]  # it ran all the time that it used
+    # Each was halted while the other ran: the time from start to finish holds both sides' slices.
+    took = answers["a"]["finished"] - answers["a"]["started"]
+    assert took >= answers["a"]["seconds"] + 0.5 * answers["b"]["seconds"]
+
+
+def test_overlap_with_slices():
+    windows = [(0.0, 1.0), (2.0, 3.0), (4.0, 5.0)]
+    assert overlap(windows, 0.5, 4.25) == 0.5 + 1.0 + 0.25
+    assert overlap(windows, 1.0, 2.0) == 0.0
+
+
+def test_turns_swap_who_begins(monkeypatch):
+    began = []
+
+    def slices(sides):
+        began.append(next(iter(sides)))
+        return {n: {"tokens": 6, "seconds": len(began) if n == "a" else 2.0} for n in sides}
+
+    monkeypatch.setattr(bench, "in_slices", slices)
+    found = turns({"a": (None, {}), "b": (None, {})}, 3, quiet)
+    assert began == ["a", "a", "b", "a"]  # the first is to warm up
+    assert list(found) == ["a", "b"]
+    assert ratios(found, rate) == (2.0 / 2, 2.0 / 3, 2.0 / 4)
 
 
 def test_absent_peers_are_found_out(tmp_path):
@@ -125,31 +181,27 @@ def test_every_peer_is_pinned():
 @pytest.fixture
 def tiny(tiny_host, tmp_path):
     documents = [(f"doc/{i}", text) for i, text in enumerate(tiny_texts() * 3)]
-    bench_cache.make_data(tmp_path / "data", documents, tiny_host, TINY.tokens)
+    make_data(tmp_path / "data", documents, tiny_host, TINY.tokens)
     return Bench(tmp_path, tiny_host, tmp_path / "data", TINY)
 
 
-def test_the_bare_side_sees_the_batches_of_the_run(tiny, monkeypatch):
+def test_the_bare_side_sees_the_batches_of_the_run(tiny):
     settings = tiny.settings(tiny.one, tiny.folder / "x", TINY.segments)
     source = open_source(settings.data)
-    packing = SimpleNamespace(
-        context=32, eos=0, bos=None, attend_across_documents=True, drop_tail=False, special={0}
-    )
+    packing = resolve_packing(settings.pack, tiny.host.tokenizer, TINY.context)
     [unit] = source.units(settings.layout.unit_bytes)
     packed = [c.token_id for c in contexts(source.read(unit), tiny.host.tokenizer, packing)]
-    batches = tiny.batches()
-    assert [len(b) for b in batches] == 2 * [3, 1]  # 4 contexts a segment, 3 a batch
-    wanted = np.stack(packed[4:12])
-    assert np.array_equal(torch.cat(batches).numpy(), wanted)
-    # And these are what the model is fed when a turn continues the store.
+    assert np.array_equal(tiny.ids.reshape(-1, 32), np.stack(packed[:12]))
+    batches = tiny.batches(tiny.ids[128:])
+    assert [len(b) for b in batches] == [3, 1, 3, 1]  # 4 contexts a segment, 3 a batch
+    # These are what the model is fed when a turn continues the store.
+    model = tiny.host.load(resolve(tiny.one, None, tiny.host.skeleton()))
     begun, fed = tiny.begin(tiny.one), []
-    model = tiny.host.load(bench_cache.resolve(tiny.one, None, tiny.host.skeleton()))
-    model.register_forward_pre_hook(
-        lambda _, args, kw: fed.append(kw["input_ids"]), with_kwargs=True
-    )
-    assert tiny.run(tiny.one, begun=begun) > 0
-    whole = [ids for ids in fed if ids.shape == (3, 32) or ids.shape == (1, 32)]
-    assert np.array_equal(torch.cat(list(islice(whole, 4))).numpy(), wanted)
+    model.register_forward_pre_hook(lambda _, a, kw: fed.append(kw["input_ids"]), with_kwargs=True)
+    assert tiny.run(tiny.one, begun)["tokens"] == 256
+    fed = [ids for ids in fed if ids.shape[1] == 32]  # without the probe for widths
+    assert len(fed) == len(batches)
+    assert all(map(torch.equal, fed, batches))
 
 
 def test_a_tiny_run_gives_every_measure(tiny, monkeypatch):
@@ -165,4 +217,3 @@ def test_a_tiny_run_gives_every_measure(tiny, monkeypatch):
             assert m.value > 0
     assert "sae-lens is not installed" in table(rows)
     assert any("processor time" in line for line in said)
-    assert not list(tiny.folder.glob("tmp*/store/segments/*1"))  # turns leave no stores behind
