@@ -131,16 +131,16 @@ def grow(path: Path) -> None:
     store = open_store(path)
     first = store.snapshot().segments[0]
     info, vocab = first.hooks["resid.2"], (path / VOCAB_JSON).read_bytes()
-    with StoreWriter(path, store.identity, {VOCAB_JSON: vocab}) as writer:
-        commit = writer.write_segment(
-            unit=99,
-            index=0,
-            last_in_unit=True,
-            tokens=first.tokens(),
-            acts=[(info, first.acts("resid.2").read())],
-            writer={},
-        )
-        writer.snapshot([*(s.id for s in store.snapshot().segments), commit.segment])
+    writer = StoreWriter(path, store.identity, {VOCAB_JSON: vocab})
+    commit = writer.write_segment(
+        unit=99,
+        index=0,
+        last_in_unit=True,
+        tokens=first.tokens(),
+        acts=[(info, first.acts("resid.2").read())],
+        writer={},
+    )
+    writer.snapshot([*(s.id for s in store.snapshot().segments), commit.segment])
 
 
 def test_a_run_stays_on_its_snapshot_while_the_store_grows(store: Path, tmp_path: Path) -> None:

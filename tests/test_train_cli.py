@@ -115,7 +115,9 @@ def test_a_process_trains_without_transformers(here: Path) -> None:  # F102, F12
         [*command, *SMALL, "wandb.mode=online"],
         capture_output=True,
         text=True,
-        env={**os.environ, "WANDB_MODE": "offline"},
+        # Not WANDB_SERVICE, which a test before may have left: the run would be another process's.
+        env={k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+        | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
         timeout=120,
         check=False,
     )
