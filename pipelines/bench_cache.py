@@ -69,13 +69,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much work. One side of a turn takes about ten seconds on two cores at full size."""
+    """How much work. One side of a turn takes about 20 seconds on two cores at full size."""
 
     d: int = 512
     layers: int = 6
     heads: int = 8
     vocab: int = 4096
-    segments: int = 5
+    segments: int = 9
     segment_rows: int = 8192
     context: int = 128
     batch_tokens: int = 4096
