@@ -26,6 +26,7 @@ from saetrain.evals.run import summary
 from saetrain.log import table
 
 CACHE = ["actcache", "run", "host=demo", "data=pydocs", "hooks=resid", "layers=[1,2,3]"]
+TOKENS = "tokens=750_000"  # all of the corpus, told beforehand so that the bar knows its end
 EXPERIMENTS = ("topk_demo", "relu_demo")
 QUICK_HOST = HostSettings(
     vocab=512, d_model=32, n_layers=4, n_heads=2, batch=4, steps=20, min_steps=1, min_gain=None
@@ -79,7 +80,8 @@ def _demo(options: argparse.Namespace) -> None:
     corpus, host = corpus_report(paths.corpus), load_report(paths.host)
     print(f"corpus: {corpus.documents:,} documents, {corpus.characters:,} characters")
     print(f"host:   {host}")
-    Step(words=[*CACHE, f"store={options.store}", *(QUICK_CACHE if quick else [])]).run()
+    size = QUICK_CACHE if quick else [TOKENS]
+    Step(words=[*CACHE, *size, f"store={options.store}"]).run()
     common = [f"store={options.store}", f"runs_dir={options.runs}", *(QUICK_TRAIN if quick else [])]
     for name in EXPERIMENTS:
         Step(words=["saetrain", f"+experiment={name}", *common]).run()
