@@ -286,6 +286,7 @@ def command(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measures to FILE")
     asked = parser.parse_args(argv)
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no stopped side behind
     say(machine())
     measures = measure(asked.quick, say)
     print(table(measures))
