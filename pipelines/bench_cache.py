@@ -5,7 +5,8 @@ documents of the demo corpus. Every side does the same tokens with the same batc
 
   ours      run(): read parquet, tokenize, pack, forward, checksum, fsync, commit, snapshot
   bare      the host's forward pass over the same packed batches, cut above the same block
-  SAELens   CacheActivationsRunner over the same text, equal token ids asserted; no fsync
+  SAELens   CacheActivationsRunner over the same token ids, packed beforehand: no text to read
+            or tokenize, no fsync
 
 Weights are loaded, and their digest taken, before the clock on all sides. Against the forward pass
 each turn continues a store that holds its first segment, so that what is done once per store (its
@@ -232,13 +233,15 @@ class Bench:
         self, ours: Worker, say: Say
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Ratios of tokens a second, and of bytes on disk."""
+        file = self.folder / "ids.npy"
+        np.save(file, self.ids)
         skeleton = self.host.skeleton()
         module = resolve(self.one, None, skeleton)[0].module
         prefix = getattr(skeleton, "base_model_prefix", "")
         question = {
             "do": "cache",
             "host": self.host.settings.model,
-            "data": str(self.data),
+            "ids": str(file),
             "out": str(self.folder / "saelens"),
             "hook": f"{prefix}.{module}".removeprefix("."),
             "d": self.scale.d,

@@ -14,20 +14,26 @@ from pipelines.bench import clock, private_stdout, serve
 
 ANSWERS = private_stdout()
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig  # noqa: E402
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
 
-def cache(host, data, out, hook, d, tokens, context, batch_tokens, buffer_tokens, dtype, threads):
-    """One run of the cache runner on local text; tokens, times, bytes and a digest of the ids."""
+def cache(host, ids, out, hook, d, tokens, context, batch_tokens, buffer_tokens, dtype, threads):
+    """One run of the cache runner; tokens, times, bytes and a digest of the token ids.
+
+    `ids` is a file with the packed token ids: the runner's own packing of text drops a separator
+    where a document ends with a context, so it would cache other tokens.
+    """
     torch.set_num_threads(threads)
     shutil.rmtree(out, ignore_errors=True)
     size = {"float32": 4, "float16": 2}[dtype]
     cfg = CacheActivationsRunnerConfig(
-        dataset_path=data,
+        dataset_path=ids,  # a name only
         model_name=host,
         model_class_name="AutoModelForCausalLM",
         model_batch_size=batch_tokens // context,
@@ -43,7 +49,9 @@ def cache(host, data, out, hook, d, tokens, context, batch_tokens, buffer_tokens
         prepend_bos=False,
         shuffle=False,
     )
-    runner = CacheActivationsRunner(cfg)
+    contexts = np.load(ids).astype(np.int64).reshape(-1, context)
+    dataset = Dataset.from_dict({"input_ids": contexts})
+    runner = CacheActivationsRunner(cfg, override_dataset=dataset)
     with clock() as times:
         found = runner.run()
     ids = found.with_format("numpy")["token_ids"][:].astype("<i4")
