@@ -16,7 +16,16 @@ from actcache.store.errors import (
     StoreMissingError,
     StoreVersionError,
 )
-from actcache.store.layout import FLAG_BOS, FLAG_DOC_START, FLAG_SPECIAL, TokenTable
+from actcache.store.layout import (
+    FLAG_BOS,
+    FLAG_DOC_START,
+    FLAG_IMAGE,
+    FLAG_SPECIAL,
+    ROLES,
+    TokenTable,
+    eligible,
+    roles_of,
+)
 from actcache.store.reader import Segment, Snapshot, Store, open_store
 from actcache.store.schema import HookInfo, Identity, Layout
 from actcache.store.stats import HookStats
@@ -25,7 +34,9 @@ from actcache.store.verify import verify
 __all__ = [
     "FLAG_BOS",
     "FLAG_DOC_START",
+    "FLAG_IMAGE",
     "FLAG_SPECIAL",
+    "ROLES",
     "ActcacheError",
     "DamagedError",
     "HookInfo",
@@ -43,6 +54,8 @@ __all__ = [
     "StoreMissingError",
     "StoreVersionError",
     "TokenTable",
+    "eligible",
     "open_store",
+    "roles_of",
     "verify",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.store.errors import SettingsError
 from actcache.store.split import splitmix64
 
 FORMAT = "actcache"
@@ -28,6 +30,10 @@ FOLDERS = (SEGMENTS, COMMITS, SNAPSHOTS, CANARIES, CLAIMS)
 FLAG_SPECIAL = 1  # a special token of the tokenizer (separator, BOS, ...)
 FLAG_DOC_START = 2  # first token of a document
 FLAG_BOS = 4  # put in front of a context, belongs to no document's text
+FLAG_IMAGE = 8  # stands for a piece of an image
+ROLE_SHIFT = 4  # bits 4 to 6: who wrote the token, an index into ROLES
+# none: not a chat, or put there by the chat template; other: a role with none of these names.
+ROLES = ("none", "system", "user", "assistant", "tool", "other")
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -35,6 +41,7 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "float32": np.dtype("<f4"),
 }
 Order = Literal["permuted", "context"]
+Modality = Literal["all", "text", "image"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,40 @@ TOKEN_COLUMNS: dict[str, np.dtype[np.generic]] = {
     "flags": np.dtype("u1"),
 }
 assert tuple(TOKEN_COLUMNS) == tuple(f.name for f in fields(TokenTable))
+
+
+def roles_of(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Index into ROLES of each row, same shape as `flags`."""
+    return (flags >> ROLE_SHIFT) & np.uint8(7)
+
+
+def eligible(
+    flags: NDArray[np.uint8],
+    *,
+    skip_special: bool = True,
+    modality: Modality = "all",
+    roles: Sequence[str] | None = None,
+) -> NDArray[np.bool_]:
+    """Which rows a reader wants, by their flags; same shape as `flags`.
+
+    `roles` are names of ROLES, None is all of them. SettingsError for a name that is not known.
+    """
+    if modality not in ("all", "text", "image"):
+        raise SettingsError(f"modality={modality}: expected all, text or image")
+    keep = np.ones(np.shape(flags), dtype=np.bool_)
+    if skip_special:
+        keep &= (flags & FLAG_SPECIAL) == 0
+    if modality != "all":
+        keep &= ((flags & FLAG_IMAGE) != 0) == (modality == "image")
+    if roles is not None:
+        keep &= np.isin(roles_of(flags), [_role(name) for name in roles])
+    return keep
+
+
+def _role(name: str) -> int:
+    if name not in ROLES:
+        raise SettingsError(f"roles: expected names of {', '.join(ROLES)}, got {name!r}")
+    return ROLES.index(name)
 
 
 def segment_id(unit: int, index: int) -> str:
