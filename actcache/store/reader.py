@@ -20,6 +20,7 @@ from actcache.store import layout
 from actcache.store.errors import DamagedError, HookMissingError, StoreMissingError
 from actcache.store.hooknames import canonical
 from actcache.store.ids import bytes_digest, short
+from actcache.store.int8_reader import Int8Reader
 from actcache.store.records import did_you_mean
 from actcache.store.schema import (
     Commit,
@@ -251,11 +252,12 @@ class Segment:
         for commit in self.commits:
             for committed in commit.hooks:
                 if committed.info.name == hook:
-                    self._like_first(committed.info)
+                    self._like_first(committed)
                     return commit, committed
         raise HookMissingError(f"segment {self.id} has no hook {hook!r}")
 
-    def _like_first(self, info: HookInfo) -> None:
+    def _like_first(self, committed: CommittedHook) -> None:
+        info = committed.info
         expected = self.first.hooks.get(info.name) if self.first else None
         if expected and (info.d, info.dtype) != (expected.d, expected.dtype):
             raise DamagedError(
@@ -267,12 +269,22 @@ class Segment:
         """The token table, checksums checked."""
         return read_table(self.root, self.path, self.n_rows, f"segment {self.id}")
 
+    def column(self, name: str) -> NDArray[Any]:
+        """One column of the token table (n_rows,), its checksum checked."""
+        path = self.path / "tokens" / name / "c" / "0"
+        what = f"segment {self.id}, tokens/{name}"
+        return _read_column(self.root, path, layout.TOKEN_COLUMNS[name], self.n_rows, what)
+
     def acts(self, hook: str) -> ShardReader:
         """Reader of one hook's rows, (n_rows, d)."""
         commit, committed = self._find(hook)
         info = committed.info
         path = self.root / commit.folder / "acts" / info.key / "c" / "0" / "0"
-        return ShardReader(self.root, path, info, self.n_rows, f"segment {self.id}, hook {hook}")
+        what = f"segment {self.id}, hook {hook}"
+        if committed.int8 is not None:
+            group, calibration = self.root / commit.folder, committed.int8.calibration
+            return Int8Reader(self.root, group, info, self.n_rows, what, calibration)
+        return ShardReader(self.root, path, info, self.n_rows, what)
 
 
 def read_table(root: Path, group: Path, n: int, what: str) -> layout.TokenTable:

@@ -27,13 +27,16 @@ def check_crc(data: bytes | memoryview, what: str) -> memoryview:
     """The payload of `data` = payload + little-endian crc32c of it. DamagedError if it differs."""
     view = memoryview(data)
     payload, stored = view[:-_CRC], int.from_bytes(view[-_CRC:], "little")
-    found = google_crc32c.value(bytes(payload))
+    _compare(google_crc32c.value(bytes(payload)), stored, what)
+    return payload
+
+
+def _compare(found: int, stored: int, what: str) -> None:
     if found != stored:
         raise DamagedError(
             f"{what}: checksum is {found:08x}, expected {stored:08x}. The bytes on disk are "
             "damaged; copy the store again, or delete the segment and rerun actcache"
         )
-    return payload
 
 
 class ShardReader:
@@ -72,6 +75,20 @@ class ShardReader:
         rows = np.frombuffer(check_crc(data, what), dtype=self.dtype)
         return rows.reshape(self.chunk_rows, self.d)[: self.rows_in(chunk)]
 
+    def read_into(self, chunk: int, buffer: NDArray[np.uint8]) -> NDArray[Any]:
+        """Like `read_chunk`, without allocating: the rows are a view of `buffer`.
+
+        `buffer` has at least `chunk_bytes + 4` bytes, which are overwritten. Threads may call this
+        at the same time with buffers of their own.
+        """
+        what = f"{self.what}, chunk {chunk}"
+        size = self.chunk_bytes + _CRC
+        self._pread_into(int(self._index()[chunk]), buffer[:size], what)
+        stored = int.from_bytes(buffer[self.chunk_bytes : size].tobytes(), "little")
+        _compare(google_crc32c.value(buffer[: self.chunk_bytes]), stored, what)
+        rows = buffer[: self.chunk_bytes].view(self.dtype).reshape(self.chunk_rows, self.d)
+        return rows[: self.rows_in(chunk)]
+
     def read(self) -> NDArray[Any]:
         """All rows (n_rows, d)."""
         return np.concatenate([self.read_chunk(i) for i in range(self.n_chunks)])
@@ -97,6 +114,11 @@ class ShardReader:
         return index[:, 0].copy()
 
     def _pread(self, offset: int, size: int, what: str) -> bytes:
+        buffer = np.empty(size, dtype=np.uint8)
+        self._pread_into(offset, buffer, what)
+        return buffer.tobytes()
+
+    def _pread_into(self, offset: int, buffer: NDArray[np.uint8], what: str) -> None:
         try:
             with open_file(None if self._inside else self.root, self.path) as file:
                 self._inside = True  # links are followed once, not for every chunk
@@ -105,11 +127,10 @@ class ShardReader:
                     raise DamagedError(
                         f"{what}: {self.path} has {found:,} bytes, expected {self.shard_bytes:,}"
                     )
-                data = os.pread(file.fileno(), size, offset)
+                size = os.preadv(file.fileno(), [memoryview(buffer)], offset)
         except FileNotFoundError:
             raise DamagedError(f"{what}: {self.path} is missing") from None
         except OSError as e:
             raise DamagedError(f"{what}: {self.path} cannot be read: {e.strerror}") from e
-        if len(data) != size:
+        if size != len(buffer):
             raise DamagedError(f"{what}: short read of {self.path} at {offset}")
-        return data
