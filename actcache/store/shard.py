@@ -127,7 +127,7 @@ class ShardReader:
                     raise DamagedError(
                         f"{what}: {self.path} has {found:,} bytes, expected {self.shard_bytes:,}"
                     )
-                size = os.preadv(file.fileno(), [memoryview(buffer)], offset)
+                size = os.preadv(file.fileno(), [buffer.data], offset)
         except FileNotFoundError:
             raise DamagedError(f"{what}: {self.path} is missing") from None
         except OSError as e:
