@@ -66,7 +66,7 @@ def _attempts(root: Path, named: set[Path]) -> Iterator[Path]:
 
 def _partials(root: Path, named: set[Path]) -> Iterator[Path]:
     """Unfinished files; in a committed segment they come from a copy that was interrupted."""
-    names = (layout.COMMITS, layout.SNAPSHOTS, layout.CANARIES, layout.CLAIMS)
+    names = tuple(n for n in layout.FOLDERS if n != layout.SEGMENTS)
     for folder in (root, *(root / name for name in names)):
         yield from sorted(folder.glob(f".*{PARTIAL}"))
     for folder in sorted(named):

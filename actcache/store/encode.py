@@ -23,11 +23,16 @@ from zarr.core.dtype import data_type_registry
 from zarr.storage import MemoryStore
 
 from actcache.store.bfloat16 import BFloat16
+from actcache.store.int8 import Int8Rows
 from actcache.store.layout import TOKEN_COLUMNS, TokenTable
 from actcache.store.schema import HookInfo
 
 # zarr-python before 3.2 collects the entry point and never loads it.
 data_type_registry.register("bfloat16", BFloat16)
+# For whoever opens the array without this package; NAME is that of the array.
+_DECODE = (
+    "x = calibration/NAME[0] + calibration/NAME[1] * scales/NAME[:, None] * acts/NAME, in the group"
+)
 
 
 def encode_group(path: str) -> Iterator[tuple[str, bytes]]:
@@ -47,13 +52,31 @@ def encode_tokens(path: str, tokens: TokenTable) -> Iterator[tuple[str, bytes]]:
         yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
 
 
-def encode_acts(path: str, rows: NDArray[Any], info: HookInfo) -> Iterator[tuple[str, bytes]]:
-    """Objects of one hook: rows (n, d) in the storage type."""
+def encode_acts(
+    path: str, rows: NDArray[Any], info: HookInfo, note: str | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """Objects of one hook: rows (n, d) in the storage type; `note` becomes an attribute."""
     chunk = (info.chunk_rows, info.d)
     shape = (-(-len(rows) // info.chunk_rows) * info.chunk_rows, info.d)
     array = f"{path}/{info.key}"
     yield f"{array}/c/0/0", shard(rows, info.chunk_rows)
-    objects = _create(array, rows.shape, rows.dtype, chunk, shape, ("row", "channel"))
+    objects = _create(array, rows.shape, rows.dtype, chunk, shape, ("row", "channel"), note)
+    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+
+
+def encode_int8(folder: str, rows: Int8Rows, info: HookInfo) -> Iterator[tuple[str, bytes]]:
+    """Objects of one hook of int8: codes, the scale of each row, mean and std of each channel."""
+    yield from encode_acts(f"{folder}/acts", rows.codes, info, _DECODE)
+    chunk, array = info.chunk_rows, f"{folder}/scales/{info.key}"
+    yield f"{array}/c/0", shard(rows.scale, chunk)
+    shards = (-(-len(rows.scale) // chunk) * chunk,)
+    objects = _create(array, rows.scale.shape, rows.scale.dtype, (chunk,), shards, ("row",))
+    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+    array, values = f"{folder}/calibration/{info.key}", rows.calibration.array
+    data = values.tobytes()
+    yield f"{array}/c/0/0", data + _crc(data)
+    names = ("mean, std", "channel")
+    objects = _create(array, values.shape, values.dtype, values.shape, None, names)
     yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
 
 
@@ -86,6 +109,7 @@ def _create(
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None,
     names: tuple[str, ...],
+    note: str | None = None,
 ) -> dict[str, Any]:
     """Objects of an array without its chunks: a memory store, by key."""
     objects: dict[str, Any] = {}
@@ -100,6 +124,7 @@ def _create(
         compressors=[Crc32cCodec()],
         fill_value=0,
         dimension_names=names,
+        attributes=None if note is None else {"decode": note},
         config={"write_empty_chunks": True},
     )
     return objects

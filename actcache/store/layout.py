@@ -24,8 +24,9 @@ SEGMENTS = "segments"
 COMMITS = "commits"
 SNAPSHOTS = "snapshots"
 CANARIES = "canaries"
+CALIBRATIONS = "calibrations"
 CLAIMS = "claims"
-FOLDERS = (SEGMENTS, COMMITS, SNAPSHOTS, CANARIES, CLAIMS)
+FOLDERS = (SEGMENTS, COMMITS, SNAPSHOTS, CANARIES, CALIBRATIONS, CLAIMS)
 
 FLAG_SPECIAL = 1  # a special token of the tokenizer (separator, BOS, ...)
 FLAG_DOC_START = 2  # first token of a document
@@ -39,7 +40,9 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),  # with a scale per row, see int8.py
 }
+StorageType = Literal["bfloat16", "float16", "float32", "int8"]
 Order = Literal["permuted", "context"]
 Modality = Literal["all", "text", "image"]
 

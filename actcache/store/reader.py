@@ -264,6 +264,13 @@ class Segment:
                 f"segment {self.id}, hook {info.name}: {info.d} channels of {info.dtype}; segment "
                 f"{self.first.id if self.first else ''} has {expected.d} of {expected.dtype}"
             )
+        if committed.int8 and self.first and info.name in self.first.hooks:
+            other = self.first._find(info.name)[1].int8
+            if other is None or other.calibration != committed.int8.calibration:
+                raise DamagedError(
+                    f"segment {self.id}, hook {info.name}: its calibration is not the one of "
+                    f"segment {self.first.id}; a store has one per hook"
+                )
 
     def tokens(self) -> layout.TokenTable:
         """The token table, checksums checked."""

@@ -130,6 +130,35 @@ class HookInfo:
         """Size of the file that holds `rows` rows: chunks and index, each with its crc32c."""
         return -(-rows // self.chunk_rows) * (self.chunk_bytes + 4 + 16) + 4
 
+    @property
+    def scales(self) -> HookInfo:
+        """The array of the rows' scales, if this hook is int8: one float32 a row, cut alike."""
+        return replace(self, d=1, dtype="float32")
+
+    def files(self, rows: int) -> dict[str, int]:
+        """Size of each data file of `rows` rows, by key in the segment's folder."""
+        sizes = {f"acts/{self.key}/c/0/0": self.shard_bytes(rows)}
+        if self.dtype == "int8":
+            sizes[f"scales/{self.key}/c/0"] = self.scales.shard_bytes(rows)
+            sizes[f"calibration/{self.key}/c/0/0"] = 2 * self.d * 4 + 4
+        return sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """What int8 storage has done to the rows of a commit, see int8.Error."""
+
+    calibration: str  # sha256 of mean and std, float32
+    fvu: float | None
+    max_relative_error: float
+
+    def vet(self) -> None:
+        """As `Record.vet`."""
+        if not _DIGEST.fullmatch(self.calibration):
+            raise DamagedError(f"calibration {self.calibration!r:.80} is not a digest")
+        if min(self.fvu or 0.0, self.max_relative_error) < 0:
+            raise DamagedError("an error of storage is negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommittedHook:
@@ -138,6 +167,14 @@ class CommittedHook:
     info: HookInfo
     plain: dict[str, Any]  # HookStats of rows without special tokens
     all: dict[str, Any]  # HookStats of every row
+    int8: Quantised | None = None  # of a hook stored as int8
+
+    def vet(self) -> None:
+        """As `Record.vet`."""
+        if (self.info.dtype == "int8") != (self.int8 is not None):
+            raise DamagedError(f"hook {self.info.name!r}: int8 without its error, or not int8")
+        if self.int8 is not None:
+            self.int8.vet()
 
     def stats(self, special: bool = False) -> HookStats:
         return HookStats.from_json(self.all if special else self.plain, self.info.d)
@@ -190,6 +227,8 @@ class Commit(Record):
         if not 0 <= self.documents <= self.rows or not _DIGEST.fullmatch(self.token_digest):
             raise DamagedError(f"{here} has {self.documents} documents or no token digest")
         vet_objects(here, self.folder, self.rows, [h.info for h in self.hooks], self.objects)
+        for hook in self.hooks:
+            hook.vet()
 
     @property
     def file(self) -> str:
@@ -257,13 +296,15 @@ def vet_objects(
 
     `here` names the record in the message. A file that is left out would never be verified.
     """
-    metadata = ["", "/tokens", "/acts", *(f"/tokens/{name}" for name in TOKEN_COLUMNS)]
-    sizes = {f"{folder}/tokens/{n}/c/0": rows * t.itemsize + 4 for n, t in TOKEN_COLUMNS.items()}
-    sizes |= {f"{folder}/acts/{h.key}/c/0/0": h.shard_bytes(rows) for h in hooks}
-    metadata += [f"/acts/{h.key}" for h in hooks]
-    expected = sorted([*sizes, *(f"{folder}{part}/zarr.json" for part in metadata)])
-    if len(set(expected)) != len(expected):
+    if len({h.key for h in hooks}) != len(hooks):
         raise DamagedError(f"{here} has two hooks of one name")
+    metadata = {"", "/tokens", "/acts", *(f"/tokens/{name}" for name in TOKEN_COLUMNS)}
+    sizes = {f"{folder}/tokens/{n}/c/0": rows * t.itemsize + 4 for n, t in TOKEN_COLUMNS.items()}
+    for key, size in (item for h in hooks for item in h.files(rows).items()):
+        sizes[f"{folder}/{key}"] = size
+        array = key.partition("/c/")[0]
+        metadata |= {f"/{array}", f"/{array.partition('/')[0]}"}
+    expected = sorted([*sizes, *(f"{folder}{part}/zarr.json" for part in metadata)])
     if sorted(o.key for o in objects) != expected:
         odd = {o.key for o in objects} ^ set(expected) or {"an object named twice"}
         raise DamagedError(f"{here} does not name exactly its files: {min(odd)}")

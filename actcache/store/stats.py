@@ -47,7 +47,7 @@ class HookStats:
         total = cls.empty(x.shape[1])
         rows = max(1, _BLOCK // x.shape[1])
         for start in range(0, len(x), rows):
-            total = total.merge(cls._block(_wide(x[start : start + rows])))
+            total = total.merge(cls._block(wide(x[start : start + rows])))
         return total
 
     @classmethod
@@ -144,7 +144,7 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _wide(x: NDArray[Any]) -> NDArray[Any]:
+def wide(x: NDArray[Any]) -> NDArray[Any]:
     """The same values as float32, or float64 if they are; bfloat16 is the top half of a float32."""
     if x.dtype.name == "bfloat16":
         return (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.store import layout
-from actcache.store.encode import encode_acts, encode_group, encode_tokens
+from actcache.store.calibrations import find_calibration
+from actcache.store.encode import encode_acts, encode_group, encode_int8, encode_tokens
 from actcache.store.errors import DamagedError, IdentityError, StoreError
 from actcache.store.ids import bytes_digest, diff, file_digest
+from actcache.store.int8 import Calibration, Int8Rows, store_rows
 from actcache.store.publish import PARTIAL, publish
 from actcache.store.reader import commit_files, read_record, snapshot_numbers
 from actcache.store.schema import (
@@ -28,6 +30,7 @@ from actcache.store.schema import (
     CommittedHook,
     HookInfo,
     Identity,
+    Quantised,
     SnapshotEntry,
     SnapshotRecord,
     StoredObject,
@@ -129,6 +132,8 @@ class StoreWriter:
         self._refuse_other_tokens(segment, tokens)
         folder = f"{layout.SEGMENTS}/{segment}.{uuid.uuid4().hex[:8]}"
         plain = (tokens.flags & layout.FLAG_SPECIAL) == 0
+        hooks = [_stored(info, rows, plain, self._calibration(info)) for info, rows in acts]
+        parts = [(hook.info, rows) for hook, rows in hooks]
         commit = Commit(
             segment=segment,
             folder=folder,
@@ -138,11 +143,23 @@ class StoreWriter:
             rows=len(tokens),
             documents=int(np.count_nonzero(tokens.flags & layout.FLAG_DOC_START)),
             token_digest=tokens.digest(),
-            hooks=tuple(_committed(info, rows, plain) for info, rows in acts),
-            objects=tuple(publish_group(self.path, folder, tokens, acts)),
+            hooks=tuple(hook for hook, _ in hooks),
+            objects=tuple(publish_group(self.path, folder, tokens, parts)),
             writer=dict(writer),
         )
         return self._commit(commit)
+
+    def calibration(self, activation_id: str) -> Calibration | None:
+        """The calibration of a hook stored as int8; None while nobody has made it."""
+        return find_calibration(self.path, activation_id, self.commits)
+
+    def _calibration(self, info: HookInfo) -> Calibration | None:
+        if info.dtype != "int8":
+            return None
+        found = self.calibration(info.activation_id)
+        if found is None:
+            raise StoreError(f"hook {info.name} of {self.path} is int8 and has no calibration yet")
+        return found
 
     def _commit(self, commit: Commit) -> Commit:
         """Publish the record; if another writer did the same work first, ours is removed."""
@@ -226,15 +243,23 @@ def publish_group(
     root: Path,
     folder: str,
     tokens: layout.TokenTable,
-    acts: Sequence[tuple[HookInfo, NDArray[Any]]],
+    acts: Sequence[tuple[HookInfo, NDArray[Any] | Int8Rows]],
 ) -> list[StoredObject]:
     """Publish a token table and hooks as the zarr group `folder` of the store at `root`."""
+    parts = ["acts"]
+    if any(isinstance(rows, Int8Rows) for _, rows in acts):
+        parts += ["scales", "calibration"]
     streams = [
         encode_group(folder),
         encode_group(f"{folder}/tokens"),
         encode_tokens(f"{folder}/tokens", tokens),
-        encode_group(f"{folder}/acts"),
-        *(encode_acts(f"{folder}/acts", rows, info) for info, rows in acts),
+        *(encode_group(f"{folder}/{part}") for part in parts),
+        *(
+            encode_int8(folder, rows, info)
+            if isinstance(rows, Int8Rows)
+            else encode_acts(f"{folder}/acts", rows, info)
+            for info, rows in acts
+        ),
     ]
     objects = []
     for key, data in (item for stream in streams for item in stream):
@@ -251,7 +276,22 @@ def _publish_once(path: Path, data: bytes) -> None:
         return
 
 
-def _committed(info: HookInfo, rows: NDArray[Any], plain: NDArray[np.bool_]) -> CommittedHook:
-    some = HookStats.of(rows[plain])
-    rest = HookStats.of(rows[~plain])
-    return CommittedHook(info=info, plain=some.to_json(), all=some.merge(rest).to_json())
+def _stored(
+    info: HookInfo,
+    rows: NDArray[Any],
+    plain: NDArray[np.bool_],
+    calibration: Calibration | None,
+) -> tuple[CommittedHook, NDArray[Any] | Int8Rows]:
+    """Record and content of a hook; statistics are those of the rows that readers get."""
+    if calibration is None:
+        some, rest = HookStats.of(rows[plain]), HookStats.of(rows[~plain])
+        both = some.merge(rest).to_json()
+        return CommittedHook(info=info, plain=some.to_json(), all=both), rows
+    stored, some, rest, error = store_rows(rows, calibration, plain)
+    quantised = Quantised(
+        calibration=calibration.digest,
+        fvu=error.fvu,
+        max_relative_error=error.max_relative_error,
+    )
+    both = some.merge(rest).to_json()
+    return CommittedHook(info=info, plain=some.to_json(), all=both, int8=quantised), stored
