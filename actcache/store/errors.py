@@ -35,3 +35,11 @@ class DamagedError(StoreError):
 
 class OutOfSpaceError(StoreError):
     """The disk is full. Everything committed before is intact."""
+
+
+class ObjectMissingError(DamagedError):
+    """An object that should be there is not; the message names it."""
+
+
+class RemoteError(StoreError):
+    """An object store or web server did not answer, or refused; the message says which and why."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from actcache.store.places import Location, Remote
 
 
 def canonical_json(value: Any) -> bytes:
@@ -32,8 +33,13 @@ def bytes_digest(data: bytes | memoryview) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Location) -> str:
     """'sha256:' + hex of a file's bytes, read once in blocks."""
+    if isinstance(path, Remote):
+        sha256 = hashlib.sha256()
+        for block in path.client.blocks(path.key):
+            sha256.update(block)
+        return f"sha256:{sha256.hexdigest()}"
     with path.open("rb") as f:
         return f"sha256:{hashlib.file_digest(f, 'sha256').hexdigest()}"
 

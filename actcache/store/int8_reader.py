@@ -8,7 +8,6 @@ on a GPU say, everything is at hand undecoded: `codes`, `scales`, `mean`, `std`.
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from actcache.store.errors import DamagedError, StoreError
 from actcache.store.int8 import F32, Calibration, dequantise
 from actcache.store.layout import DTYPES
+from actcache.store.places import Location
 from actcache.store.schema import HookInfo
 from actcache.store.shard import ShardReader, check_crc
 from actcache.store.untrusted import read_file
@@ -29,7 +29,7 @@ class Int8Reader(ShardReader):
     """
 
     def __init__(
-        self, root: Path, group: Path, info: HookInfo, n_rows: int, what: str, digest: str
+        self, root: Location, group: Location, info: HookInfo, n_rows: int, what: str, digest: str
     ) -> None:
         """`group` is the segment's folder, `digest` that of its calibration. Reads nothing yet."""
         path = group / "acts" / info.key / "c" / "0" / "0"
@@ -75,7 +75,7 @@ class Int8Reader(ShardReader):
 
 
 def read_calibration(
-    root: Path, group: Path, info: HookInfo, what: str, digest: str
+    root: Location, group: Location, info: HookInfo, what: str, digest: str
 ) -> Calibration:
     """The calibration in the segment's folder `group`. DamagedError unless it has `digest`."""
     path, what = group / "calibration" / info.key / "c" / "0" / "0", f"{what}, calibration"

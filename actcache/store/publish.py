@@ -1,6 +1,7 @@
 """Publish without overwriting: a name either has its final, durable bytes or does not exist.
 
-temporary file -> fsync -> link to the final name (fails if it exists) -> fsync of the folder.
+temporary file -> fsync -> link to the final name (fails if it exists) -> fsync of the folder; in an
+object store a put on the condition that the name is free.
 `rename`, which zarr's own LocalStore uses, would let a slow second writer replace committed bytes.
 """
 
@@ -11,30 +12,42 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from actcache.store.errors import OutOfSpaceError, StoreError
+from actcache.store.places import Location, Remote
 
 PARTIAL = ".partial"
 
 
-def publish(path: Path, data: bytes | memoryview) -> None:
+def publish(path: Location, data: bytes | memoryview) -> None:
     """Create `path` holding `data`.
 
     Raises FileExistsError if the name is taken (its bytes are untouched), OutOfSpaceError if the
-    disk is full, StoreError if the folder cannot be written.
+    disk is full, StoreError if the folder cannot be written, RemoteError if a server does not take
+    it.
     """
+    if isinstance(path, Remote):
+        path.client.create(path.key, data)
+        return
     with publishing(path) as file:
         file.write(data)
 
 
 @contextmanager
-def publishing(path: Path) -> Iterator[BinaryIO]:
+def publishing(path: Location) -> Iterator[BinaryIO]:
     """Create `path` from what the body writes into the file it is given.
 
-    If the body raises, nothing is published. Raises as `publish`.
+    If the body raises, nothing is published. At a server the whole object is in memory until then.
+    Raises as `publish`.
     """
+    if isinstance(path, Remote):
+        held = BytesIO()
+        yield held
+        publish(path, held.getbuffer())
+        return
     temporary = path.parent / f".{path.name[:80]}.{uuid.uuid4().hex}{PARTIAL}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,21 +6,22 @@ job changes nothing for it. Whatever is not committed does not exist for a reade
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.store import layout
-from actcache.store.errors import DamagedError, HookMissingError, StoreMissingError
+from actcache.store.errors import DamagedError, HookMissingError, StoreError, StoreMissingError
 from actcache.store.hooknames import canonical
 from actcache.store.ids import bytes_digest, short
 from actcache.store.int8_reader import Int8Reader
+from actcache.store.places import Location, Remote, each, insist, place
 from actcache.store.records import did_you_mean
 from actcache.store.schema import (
     Commit,
@@ -39,49 +40,76 @@ from actcache.store.vocab import decode_vocab
 
 T = TypeVar("T", bound=Record)
 _COMMIT = re.compile(r"u.*\.json")
+PROBE = 32  # snapshot numbers looked for at once where nothing can be listed
 _SNAPSHOT = re.compile(r"[1-9][0-9]{0,17}\.json")
 
 
-def read_record(cls: type[T], root: Path, path: Path, sha256: str | None = None) -> T:
+def read_record(cls: type[T], root: Location, path: Location, sha256: str | None = None) -> T:
     """A JSON record of the store at `root`.
 
     Raises DamagedError if it is missing, unlike its digest, malformed, or outside the store.
     """
-    data = read_file(root, path, MAX_JSON_BYTES)
-    if sha256 is not None and bytes_digest(data) != sha256:
-        raise DamagedError(f"{path} does not match the digest that the snapshot recorded for it")
-    return load(cls, data, path)
+
+    def act() -> T:
+        data = read_file(root, path, MAX_JSON_BYTES)
+        if sha256 is not None and bytes_digest(data) != sha256:
+            raise DamagedError(f"{path} does not match the digest that the snapshot has of it")
+        return load(cls, data, path)
+
+    return insist(path, act)
 
 
-def open_store(path: str | Path) -> Store:
-    """The store at `path`.
+def open_store(path: str | Location) -> Store:
+    """The store at `path`: a folder, s3://bucket/prefix, or http(s)://….
 
-    Raises StoreMissingError if there is none, StoreVersionError if its format is newer.
+    Raises StoreMissingError if there is none, StoreVersionError if its format is newer, RemoteError
+    if a server does not answer or refuses.
     """
-    root = Path(path).expanduser()
+    root = place(path)
     if not (root / layout.STORE_JSON).is_file():
-        here = "is not a store (no store.json)" if root.is_dir() else "does not exist"
+        here = "does not exist"
+        if isinstance(root, Remote) or root.is_dir():
+            here = "is not a store (no store.json)"
         raise StoreMissingError(
             f"store={path}: {root} {here}. Make one with: actcache run host=… data=… store={path}"
         )
     return Store(root, read_record(Identity, root, root / layout.STORE_JSON))
 
 
-def snapshot_numbers(root: Path) -> list[int]:
+def snapshot_numbers(root: Location) -> list[int]:
     """Numbers of the snapshots of the store at `root`, oldest first."""
+    if isinstance(root, Remote) and not root.client.listable:
+        return _probed(root)
     return sorted(int(file.stem) for file in names_in(root, layout.SNAPSHOTS, _SNAPSHOT))
 
 
-def commit_files(root: Path) -> list[Path]:
+def _probed(root: Remote) -> list[int]:
+    """As `snapshot_numbers` where nothing can be listed: 1 to `PROBE`, further while any is found.
+
+    A snapshot behind a longer gap (a copy may hold the newest alone) has to be named.
+    """
+    found: list[int] = []
+    first = 1
+    while True:
+        numbers = range(first, first + PROBE)
+        files = [root / layout.SNAPSHOTS / f"{n}.json" for n in numbers]
+        there = each(root, Remote.is_file, files)
+        found += [n for n, is_there in zip(numbers, there, strict=True) if is_there]
+        if not any(there):
+            return found
+        first += PROBE
+
+
+def commit_files(root: Location) -> Sequence[Location]:
     """Every commit record of the store at `root`, in a snapshot or not."""
     return names_in(root, layout.COMMITS, _COMMIT)
 
 
 @dataclass(frozen=True)
 class Store:
-    """A store on disk. `identity` says what its rows are."""
+    """A store. `path` says where, a folder or a server; `identity` what its rows are."""
 
-    path: Path
+    path: Location
     identity: Identity
 
     @property
@@ -101,7 +129,7 @@ class Store:
 
         Raises StoreMissingError if nothing was committed yet or there is no such snapshot.
         """
-        names = self.snapshot_names()
+        names = self.snapshot_names() if name is None or not self._has(str(name)) else [str(name)]
         if not names:
             raise StoreMissingError(
                 f"{self.path} has no snapshot: its first run was interrupted before it finished. "
@@ -116,6 +144,12 @@ class Store:
         if record.name != file.stem:
             raise DamagedError(f"{file} says that it is snapshot {record.name!r:.40}")
         return Snapshot(self, record)
+
+    def _has(self, name: str) -> bool:
+        """Whether a snapshot is there that listing the store need not show."""
+        file = self.path / layout.SNAPSHOTS / f"{name}.json"
+        named = _SNAPSHOT.fullmatch(f"{name}.json") is not None
+        return named and isinstance(file, Remote) and file.is_file()
 
 
 @dataclass(frozen=True)
@@ -148,7 +182,10 @@ class Snapshot:
             return ()
         first = Segment(self.store.path, self.record.segments[0])
         others = (Segment(self.store.path, e, first) for e in self.record.segments[1:])
-        return (first, *others)
+        segments = (first, *others)
+        if isinstance(self.store.path, Remote):
+            each(self.store.path, Segment.fetch, segments)
+        return segments
 
     @cached_property
     def hooks(self) -> Mapping[str, HookInfo]:
@@ -195,17 +232,21 @@ class Snapshot:
     def vocab(self) -> list[bytes]:
         """The exact bytes of every token id."""
         path = self.store.path / layout.VOCAB_JSON
-        data = read_file(self.store.path, path, MAX_JSON_BYTES)
-        if bytes_digest(data) != self.store.identity.files.get(layout.VOCAB_JSON):
-            raise DamagedError(f"{path} does not match the digest in {layout.STORE_JSON}")
-        return decode_vocab(data, path)
+
+        def act() -> list[bytes]:
+            data = read_file(self.store.path, path, MAX_JSON_BYTES)
+            if bytes_digest(data) != self.store.identity.files.get(layout.VOCAB_JSON):
+                raise DamagedError(f"{path} does not match the digest in {layout.STORE_JSON}")
+            return decode_vocab(data, path)
+
+        return insist(path, act)
 
 
 @dataclass(frozen=True)
 class Segment:
     """One segment: its token table and its hooks, all with the same rows in the same order."""
 
-    root: Path
+    root: Location
     entry: SnapshotEntry
     first: Segment | None = None  # of the snapshot: hooks are the same in all of them
 
@@ -220,6 +261,11 @@ class Segment:
             for file, sha256 in sorted(self.entry.commits.items())
         )
 
+    def fetch(self) -> None:
+        """Read the commits now; what is wrong with them is raised where they are used."""
+        with contextlib.suppress(StoreError):
+            _ = self.commits
+
     def _own(self, commit: Commit, file: str) -> Commit:
         """`commit`, if it is of this segment's rows."""
         if (commit.file, commit.rows) != (file, self.entry.rows):
@@ -230,7 +276,7 @@ class Segment:
         return commit
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """The zarr group of the first commit: its token table and the hooks captured with it."""
         return self.root / self.commits[0].folder
 
@@ -294,21 +340,27 @@ class Segment:
         return ShardReader(self.root, path, info, self.n_rows, what)
 
 
-def read_table(root: Path, group: Path, n: int, what: str) -> layout.TokenTable:
+def read_table(root: Location, group: Location, n: int, what: str) -> layout.TokenTable:
     """The token table of `n` rows in the zarr group `group`, checksums checked. DamagedError."""
-    columns = []
-    for name, dtype in layout.TOKEN_COLUMNS.items():
+
+    def column(name: str) -> NDArray[Any]:
         path = group / "tokens" / name / "c" / "0"
-        columns.append(_read_column(root, path, dtype, n, f"{what}, tokens/{name}"))
-    table = layout.TokenTable(*columns)
+        return _read_column(root, path, layout.TOKEN_COLUMNS[name], n, f"{what}, tokens/{name}")
+
+    table = layout.TokenTable(*each(root, column, layout.TOKEN_COLUMNS))
     if max(table.ctx.max(), table.pos.max()) >= n:
         raise DamagedError(f"{what}: a number of a context or position is beyond its {n:,} rows")
     return table
 
 
-def _read_column(root: Path, path: Path, dtype: np.dtype[Any], n: int, what: str) -> NDArray[Any]:
-    try:
-        data = read_file(root, path, n * dtype.itemsize + 4, exact=True)
-    except DamagedError as e:
-        raise DamagedError(f"{what}: {e}") from e
-    return np.frombuffer(check_crc(data, what), dtype=dtype)
+def _read_column(
+    root: Location, path: Location, dtype: np.dtype[Any], n: int, what: str
+) -> NDArray[Any]:
+    def act() -> NDArray[Any]:
+        try:
+            data = read_file(root, path, n * dtype.itemsize + 4, exact=True)
+        except DamagedError as e:
+            raise DamagedError(f"{what}: {e}") from e
+        return np.frombuffer(check_crc(data, what), dtype=dtype)
+
+    return insist(path, act)

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from actcache.store.errors import DamagedError, SettingsError, StoreVersionError
@@ -319,7 +318,7 @@ def dump(record: Any) -> bytes:
     return json.dumps(asdict(record), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
-def load(cls: type[T], data: bytes, path: Path) -> T:
+def load(cls: type[T], data: bytes, path: object) -> T:
     """Parse `data` (read from `path`) as `cls`.
 
     Raises StoreVersionError for a newer format, DamagedError for anything malformed.

@@ -1,13 +1,14 @@
 """Read inner chunks of one shard with pread, every checksum checked.
 
 zarr-python fills a missing inner chunk with zeros; here it raises. The layout is fixed (bytes +
-crc32c, index at the end), so a chunk is one pread of a known size into a caller's buffer.
+crc32c, index at the end), so a chunk is one pread of a known size into a caller's buffer, or one
+range of an object at a server; there many are asked for at once with `read_chunks`, `read_ranges`.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from actcache.store.errors import DamagedError
 from actcache.store.layout import DTYPES
+from actcache.store.objects import Buffer
+from actcache.store.places import Location, Remote, insist
 from actcache.store.schema import HookInfo
 from actcache.store.untrusted import open_file
 
@@ -42,8 +45,13 @@ def _compare(found: int, stored: int, what: str) -> None:
 class ShardReader:
     """Rows of one hook of one segment: shape (n_rows, d)."""
 
-    def __init__(self, root: Path, path: Path, info: HookInfo, n_rows: int, what: str) -> None:
-        """`root` is the store's; `what` names segment and hook in errors. Nothing is read yet."""
+    def __init__(
+        self, root: Location, path: Location, info: HookInfo, n_rows: int, what: str
+    ) -> None:
+        """`root` is the store's; `what` names segment and hook in errors. Nothing is read yet.
+
+        `path` is the shard: a file, or an object at a server.
+        """
         self.root, self.path, self.info, self.n_rows, self.what = root, path, info, n_rows, what
         self.dtype = DTYPES[info.dtype]
         self.d, self.chunk_rows = info.d, info.chunk_rows
@@ -71,9 +79,41 @@ class ShardReader:
         Raises DamagedError, naming segment, hook and chunk, if a byte is missing or wrong.
         """
         what = f"{self.what}, chunk {chunk}"
-        data = self._pread(int(self._index()[chunk]), self.chunk_bytes + _CRC, what)
-        rows = np.frombuffer(check_crc(data, what), dtype=self.dtype)
+        return insist(self.path, lambda: self._check(chunk, self._pread(*self.place(chunk), what)))
+
+    def read_chunks(self, chunks: Sequence[int]) -> list[NDArray[Any]]:
+        """Many chunks as `read_chunk`, asked for at once: at a server that saves round trips."""
+        found = self.read_ranges([self.place(chunk) for chunk in chunks])
+        return [self._checked(c, part) for c, part in zip(chunks, found, strict=True)]
+
+    def place(self, chunk: int) -> tuple[int, int]:
+        """(offset, length) of an inner chunk in the file, its crc32c included."""
+        return int(self._index()[chunk]), self.chunk_bytes + _CRC
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        """Bytes (offset, length) of the file, unchecked; near ones are read together at a server.
+
+        Threads may call this at the same time. Raises DamagedError, RemoteError.
+        """
+        if not isinstance(self.path, Remote):
+            return [self._pread(*r, self.what) for r in ranges]
+        try:
+            return list(self.path.read_ranges(ranges))
+        except DamagedError as e:
+            raise DamagedError(f"{self.what}: {e}") from e
+
+    def _check(self, chunk: int, data: Buffer) -> NDArray[Any]:
+        rows = np.frombuffer(check_crc(data, f"{self.what}, chunk {chunk}"), dtype=self.dtype)
         return rows.reshape(self.chunk_rows, self.d)[: self.rows_in(chunk)]
+
+    def _checked(self, chunk: int, data: Buffer) -> NDArray[Any]:
+        """The rows in `data`; read anew if they were damaged on their way from a server."""
+        try:
+            return self._check(chunk, data)
+        except DamagedError:
+            if isinstance(self.path, Remote):
+                return self.read_chunk(chunk)
+            raise
 
     def read_into(self, chunk: int, buffer: NDArray[np.uint8]) -> NDArray[Any]:
         """Like `read_chunk`, without allocating: the rows are a view of `buffer`.
@@ -81,13 +121,16 @@ class ShardReader:
         `buffer` has at least `chunk_bytes + 4` bytes, which are overwritten. Threads may call this
         at the same time with buffers of their own.
         """
-        what = f"{self.what}, chunk {chunk}"
-        size = self.chunk_bytes + _CRC
-        self._pread_into(int(self._index()[chunk]), buffer[:size], what)
-        stored = int.from_bytes(buffer[self.chunk_bytes : size].tobytes(), "little")
-        _compare(google_crc32c.value(buffer[: self.chunk_bytes]), stored, what)
+        insist(self.path, lambda: self._fill(chunk, buffer))
         rows = buffer[: self.chunk_bytes].view(self.dtype).reshape(self.chunk_rows, self.d)
         return rows[: self.rows_in(chunk)]
+
+    def _fill(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+        what = f"{self.what}, chunk {chunk}"
+        offset, size = self.place(chunk)
+        self._pread_into(offset, buffer[:size], what)
+        stored = int.from_bytes(buffer[self.chunk_bytes : size].tobytes(), "little")
+        _compare(google_crc32c.value(buffer[: self.chunk_bytes]), stored, what)
 
     def read(self) -> NDArray[Any]:
         """All rows (n_rows, d)."""
@@ -95,7 +138,7 @@ class ShardReader:
 
     def _index(self) -> NDArray[np.uint64]:
         if self._offsets is None:
-            self._offsets = self._read_index()
+            self._offsets = insist(self.path, self._read_index)
         return self._offsets
 
     def _read_index(self) -> NDArray[np.uint64]:
@@ -119,6 +162,10 @@ class ShardReader:
         return buffer.tobytes()
 
     def _pread_into(self, offset: int, buffer: NDArray[np.uint8], what: str) -> None:
+        if isinstance(self.path, Remote):
+            (data,) = self.read_ranges([(offset, len(buffer))])
+            buffer[:] = np.frombuffer(data, dtype=np.uint8)
+            return
         try:
             with open_file(None if self._inside else self.root, self.path) as file:
                 self._inside = True  # links are followed once, not for every chunk

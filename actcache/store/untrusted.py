@@ -13,23 +13,27 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from actcache.store.errors import DamagedError
+from actcache.store.places import Location, Remote
 
 MAX_JSON_BYTES = 256 << 20
 MAX_JSON_VALUES = 1 << 24  # a parsed value takes up to a hundred bytes: bounds the memory
 MAX_JSON_DEPTH = 64
 
 
-def inside(root: Path, path: Path) -> Path:
+def inside(root: Location, path: Location) -> Location:
     """`path`, if it lies in `root` once all symbolic links are followed; else DamagedError.
 
-    The store's own folder may be a link; links that stay inside it may be used.
+    The store's own folder may be a link; links that stay inside it may be used. Elsewhere than in
+    a folder there are no links.
     """
+    if isinstance(path, Remote) or isinstance(root, Remote):
+        return path
     real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     if not real.is_relative_to(base):
         raise DamagedError(
@@ -39,12 +43,14 @@ def inside(root: Path, path: Path) -> Path:
     return path
 
 
-def names_in(root: Path, folder: str, pattern: re.Pattern[str]) -> list[Path]:
+def names_in(root: Location, folder: str, pattern: re.Pattern[str]) -> Sequence[Location]:
     """Entries of a folder of the store whose whole name matches, sorted; none if there is none.
 
     Raises DamagedError if it leads outside or cannot be listed: unreadable is not empty.
     """
     path = inside(root, root / folder)
+    if isinstance(path, Remote):
+        return [path / name for name in path.names() if pattern.fullmatch(name)]
     try:
         return sorted(entry for entry in path.iterdir() if pattern.fullmatch(entry.name))
     except FileNotFoundError:
@@ -53,7 +59,7 @@ def names_in(root: Path, folder: str, pattern: re.Pattern[str]) -> list[Path]:
         raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
 
 
-def open_file(root: Path | None, path: Path) -> FileIO:
+def open_file(root: Location | None, path: Path) -> FileIO:
     """A regular file of the store at `root`, unbuffered. DamagedError or OSError.
 
     `root` is None for a path that was checked before.
@@ -68,8 +74,13 @@ def open_file(root: Path | None, path: Path) -> FileIO:
     return file
 
 
-def read_file(root: Path, path: Path, limit: int, exact: bool = False) -> bytes:
-    """The bytes of a file, at most `limit` of them, or `exact`ly that many. DamagedError."""
+def read_file(root: Location, path: Location, limit: int, exact: bool = False) -> bytes:
+    """The bytes of a file, at most `limit` of them, or `exact`ly that many.
+
+    Raises DamagedError, of an object at a server also RemoteError.
+    """
+    if isinstance(path, Remote):
+        return path.client.read(path.key, limit, exact)
     try:
         with open_file(root, path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -81,7 +92,7 @@ def read_file(root: Path, path: Path, limit: int, exact: bool = False) -> bytes:
         raise DamagedError(f"{path} cannot be read: {e.strerror}") from e
 
 
-def parse_json(data: bytes, path: Path) -> Mapping[str, Any]:
+def parse_json(data: bytes, path: object) -> Mapping[str, Any]:
     """A JSON object, or DamagedError naming `path`."""
     if len(data) > MAX_JSON_BYTES:
         raise DamagedError(f"{path}: {len(data):,} bytes of JSON is more than any store needs")
@@ -103,7 +114,7 @@ def parse_json(data: bytes, path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _refuse_depth(value: dict[str, Any], path: Path) -> None:
+def _refuse_depth(value: dict[str, Any], path: object) -> None:
     layer: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
         try:
