@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from actcache import canary
+from actcache.calibrate import calibrate
 from actcache.canary import contexts_of
 from actcache.capture import LazyCapture
 from actcache.data import Packing
@@ -38,6 +39,7 @@ from actcache.store import (
 )
 from actcache.store.claims import Claims
 from actcache.store.ids import diff
+from actcache.store.layout import StorageType
 from actcache.store.writer import StoreWriter
 
 
@@ -49,7 +51,7 @@ class AddHooksSettings:
     store: str | None  # folder of the store; None is refused
     hooks: tuple[str, ...] | str = "resid"
     layers: tuple[int, ...] | None = None  # for hooks without a layer; None: all
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: as the store's hooks
+    dtype: StorageType | None = None  # None: as the store's hooks
     catalog: str | None = None
     progress: bool = True
 
@@ -150,6 +152,9 @@ class _Replay:
     def _walk(self, units: list[list[Segment]], claims: Claims, bar: Any) -> bool:
         """Do every free unit; True if others still hold some that lack hooks."""
         busy = False
+        known = ((s.id, list(contexts_of(s.tokens()).values())) for unit in units for s in unit)
+        if not calibrate(self._capture, self._writer, known, claims, self._progress):
+            return True
         for segments in units:
             if not all(map(self._done, segments)):
                 name = f"u{segments[0].commits[0].unit:05d}"

@@ -13,11 +13,13 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+from numpy.typing import NDArray
+
 from actcache.data import Packing
 from actcache.hooks import HookPoint
 from actcache.host import Host
 from actcache.segments import SegmentBuilder
-from actcache.store import HookInfo, Identity, IdentityError
+from actcache.store import HookInfo, Identity, IdentityError, TokenTable
 from actcache.store.ids import digest
 from actcache.store.layout import DTYPES, chunk_rows
 from actcache.store.writer import StoreWriter
@@ -35,10 +37,17 @@ class LazyCapture:
         dtype: str,
         say: Callable[[str], None],
     ) -> None:
-        """`dtype` is the storage type of all hooks."""
+        """`dtype` is the storage type of all hooks; int8 rows wait in the host's type."""
         self._host, self._points, self._packing = host, list(points), packing
         self._identity, self._dtype, self._say = identity, dtype, say
         self.tokenizer = host.tokenizer
+        # Rows computed while calibrating, by segment, until the segment is written.
+        self.kept: dict[str, tuple[TokenTable, dict[str, NDArray[Any]]]] = {}
+
+    @property
+    def dtype(self) -> str:
+        """The storage type."""
+        return self._dtype
 
     @cached_property
     def builder(self) -> SegmentBuilder:
@@ -49,7 +58,7 @@ class LazyCapture:
             self._points,
             device=self._host.device,
             batch_contexts=max(1, self._host.settings.batch_tokens // self._packing.context),
-            dtype=self._dtype,
+            dtype=self._host.settings.dtype if self._dtype == "int8" else self._dtype,
             cross_documents=self._packing.attend_across_documents,
         )
 
@@ -73,16 +82,17 @@ class LazyCapture:
 
     @property
     def activation_ids(self) -> set[str]:
-        return set(self._ids.values())
+        return set(self.ids.values())
 
     @property
-    def _ids(self) -> dict[str, str]:
+    def ids(self) -> dict[str, str]:
+        """Identity of each hook's rows, by name."""
         store = self._identity.store_id
         return {p.name: activation_id(store, p, self._dtype) for p in self._points}
 
     def refuse_other_types(self, writer: StoreWriter) -> None:
         """IdentityError if the store holds one of the hooks in another storage type."""
-        ids = self._ids
+        ids = self.ids
         for hook in (h.info for cs in writer.commits.values() for c in cs for h in c.hooks):
             if ids.get(hook.name, hook.activation_id) != hook.activation_id:
                 raise IdentityError(

@@ -16,6 +16,8 @@ from actcache.store.errors import (
     StoreMissingError,
     StoreVersionError,
 )
+from actcache.store.int8 import Calibration, dequantise
+from actcache.store.int8_reader import Int8Reader
 from actcache.store.layout import (
     FLAG_BOS,
     FLAG_DOC_START,
@@ -38,12 +40,14 @@ __all__ = [
     "FLAG_SPECIAL",
     "ROLES",
     "ActcacheError",
+    "Calibration",
     "DamagedError",
     "HookInfo",
     "HookMissingError",
     "HookStats",
     "Identity",
     "IdentityError",
+    "Int8Reader",
     "Layout",
     "OutOfSpaceError",
     "Segment",
@@ -54,6 +58,7 @@ __all__ = [
     "StoreMissingError",
     "StoreVersionError",
     "TokenTable",
+    "dequantise",
     "eligible",
     "open_store",
     "roles_of",

@@ -65,7 +65,7 @@ def find_calibration(
     root: Path, activation_id: str, commits: Mapping[str, Sequence[Commit]]
 ) -> Calibration | None:
     """From a committed segment, or else what was published before the first; None if neither."""
-    for commit in (c for some in commits.values() for c in some):
+    for commit in [c for some in list(commits.values()) for c in some]:
         for hook in commit.hooks:
             if hook.info.activation_id == activation_id and hook.int8 is not None:
                 group, what = root / commit.folder, f"segment {commit.segment}"

@@ -58,6 +58,7 @@ class StoreWriter:
         self._refuse_other(identity)
         self.commits: dict[str, list[Commit]] = {}
         self._known: set[str] = set()
+        self._calibrations: dict[str, Calibration] = {}
         self.refresh()
 
     # -- what is there ----------------------------------------------------------------------------
@@ -151,7 +152,12 @@ class StoreWriter:
 
     def calibration(self, activation_id: str) -> Calibration | None:
         """The calibration of a hook stored as int8; None while nobody has made it."""
-        return find_calibration(self.path, activation_id, self.commits)
+        if activation_id not in self._calibrations:
+            found = find_calibration(self.path, activation_id, self.commits)
+            if found is None:
+                return None
+            self._calibrations[activation_id] = found
+        return self._calibrations[activation_id]
 
     def _calibration(self, info: HookInfo) -> Calibration | None:
         if info.dtype != "int8":
