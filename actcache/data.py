@@ -11,9 +11,10 @@ Cost: tokenizing with a fast tokenizer, about a million tokens a second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,9 @@ from actcache.sources import Document
 from actcache.store import FLAG_BOS, FLAG_DOC_START, FLAG_SPECIAL
 from actcache.store.split import doc_key
 
+PROCESSOR_JSON = "processor_config.json"
 _DOCUMENTS_AT_ONCE = 256
+LongChat = Literal["cut", "drop", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,12 @@ class PackSettings:
     bos: Literal["auto", "context", "none"] = "auto"  # auto: as the tokenizer itself would
     attend_across_documents: bool = True  # False: block-diagonal attention, positions restart
     drop_tail: bool = False  # drop the short last context of each unit
+    long_chat: LongChat = "cut"  # a conversation beyond `context` tokens: cut, left out, refused
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Resolved packing for one tokenizer."""
+    """Resolved packing for one tokenizer. `actcache.chat` has the one for conversations."""
 
     context: int
     eos: int | None
@@ -57,6 +61,19 @@ class Packing:
             "drop_tail": self.drop_tail,
         }
 
+    def contexts(self, documents: Iterable[Document], tokenizer: Any) -> Iterator[Context]:
+        """The contexts of one unit's documents, in order."""
+        return contexts(documents, tokenizer, self)
+
+    def segments(self, stream: Iterator[Context], rows: int) -> Iterator[list[Context]]:
+        """The contexts of each segment of at most `rows` rows."""
+        while chunk := list(islice(stream, rows // self.context)):
+            yield chunk
+
+    def report(self) -> list[str]:
+        """What was done with documents that did not fit, in sentences."""
+        return []
+
 
 @dataclass(frozen=True)
 class Context:
@@ -65,6 +82,9 @@ class Context:
     token_id: NDArray[np.uint32]
     doc: NDArray[np.uint64]
     flags: NDArray[np.uint8]
+    # What else the host is given, as tensors by the names of its forward pass: pixels and the like,
+    # of any shape that can be joined along the first axis, and …token_type_ids of shape (t,).
+    inputs: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -161,3 +181,63 @@ def _join(parts: list[Context]) -> Context:
 
 def _cut(c: Context, start: int, stop: int) -> Context:
     return Context(c.token_id[start:stop], c.doc[start:stop], c.flags[start:stop])
+
+
+# -- processors ------------------------------------------------------------------------------------
+
+
+def load_processor(folder: Path, config: Any, tokenizer: Any, trust_remote_code: bool) -> Any:
+    """The host's own processor of text and images; None if its folder has no image processor.
+
+    Images go through Pillow wherever the model has code for that, so that the pixels do not depend
+    on what else is installed. HostError if Pillow is missing or the processor cannot be made.
+    """
+    from transformers import AutoImageProcessor
+
+    if not any((folder / f).is_file() for f in ("preprocessor_config.json", PROCESSOR_JSON)):
+        return None
+    try:
+        images = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, backend="pil", trust_remote_code=trust_remote_code
+        )
+        processor = _processor(folder, config, tokenizer, images, trust_remote_code)
+    except ImportError as e:
+        raise HostError(
+            f"{folder}: images need Pillow: pip install 'actcache-saetrain[images]'. {_first(e)}"
+        ) from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise HostError(f"{folder}: its image processor cannot be loaded: {_first(e)}") from e
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = getattr(tokenizer, "chat_template", None)
+    return processor
+
+
+def _processor(folder: Path, config: Any, tokenizer: Any, images: Any, trust: bool) -> Any:
+    """As AutoProcessor makes it, or without its video half, which needs torchvision."""
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    try:
+        load: Any = AutoProcessor.from_pretrained
+        processor = load(folder, trust_remote_code=trust)
+        processor.image_processor = images
+        return processor
+    except ImportError:
+        if type(config) not in PROCESSOR_MAPPING:
+            raise
+    made: Any = PROCESSOR_MAPPING[type(config)]
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else made.check_argument_for_proper_class(self, name, part)
+
+    members = {"check_argument_for_proper_class": check, "__module__": made.__module__}
+    without_video: Any = type(made.__name__, (made,), members)
+    settings, rest = made.get_processor_dict(folder)
+    parts = {"tokenizer": tokenizer, "image_processor": images}
+    return without_video.from_args_and_dict(
+        [parts.get(name) for name in made.get_attributes()], settings, **rest
+    )
+
+
+def _first(e: Exception) -> str:
+    return str(e).strip().split("\n")[0]

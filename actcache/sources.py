@@ -17,9 +17,11 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actcache.columns import Columns, Document, find_columns, find_text_columns
 from actcache.errors import DataError
 from actcache.store.ids import file_digest
-from actcache.store.records import did_you_mean
+
+__all__ = ["Columns", "DataSettings", "Document", "Source", "Unit", "find_text_columns"]
 
 STREAM_ROWS = 2048  # rows of a streamed unit
 _DATA_SUFFIXES = {".parquet", ".json", ".jsonl", ".csv", ".txt", ".arrow", ".gz", ".zst"}
@@ -36,16 +38,11 @@ class DataSettings:
     split: str = "train"
     revision: str | None = None
     text_column: str | None = None  # a column, or several joined: "instruction+output"
+    messages_column: str | None = None  # chats: a list of {role, content}
+    images_column: str | None = None  # bytes of the images that the messages show
+    chat_template: str | None = None  # file with a Jinja template; None: the host's own
     id_column: str | None = None  # names a document; without it the text itself does
     max_samples: int | None = None  # documents to read at most
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and the id that its held-out side and its key follow from."""
-
-    id: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,10 @@ class Source(Protocol):
     """Deterministic documents in units."""
 
     @property
+    def columns(self) -> Columns:
+        """What a document is made of."""
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """Content, not location; part of token_stream_id."""
 
@@ -78,7 +79,7 @@ class Source(Protocol):
         """Units in file order; a stream yields units until one is empty."""
 
     def read(self, unit: Unit) -> Iterator[Document]:
-        """Documents of a unit; empty and null texts are left out."""
+        """Documents of a unit; empty and null ones are left out. DataError for a broken one."""
 
 
 def open_source(settings: DataSettings) -> Source:
@@ -90,52 +91,14 @@ def open_source(settings: DataSettings) -> Source:
     return ParquetSource(settings)
 
 
-# -- columns ---------------------------------------------------------------------------------------
-
-
-def find_text_columns(schema: pa.Schema, asked: str | None) -> tuple[tuple[str, ...], str]:
-    """Columns that make up the text, and a sentence saying why these.
-
-    Order: the one asked for; text; content; instruction + output; the first string column.
-    Raises DataError listing the columns if none fits.
-    """
-    strings = [f.name for f in schema if _is_string(f.type)]
-    listing = ", ".join(f"{f.name} ({f.type})" for f in schema) or "no columns"
-    if asked is not None:
-        columns = tuple(asked.split("+"))
-        for column in columns:
-            if column not in strings:
-                raise DataError(
-                    f"data.text_column={asked}: no text column {column!r}."
-                    f"{did_you_mean(column, strings)} The file has: {listing}"
-                )
-        return columns, f"text column: {asked}"
-    for columns in (("text",), ("content",), ("instruction", "output")):
-        if set(columns) <= set(strings):
-            return columns, f"text column: {'+'.join(columns)} (found by name)"
-    if strings:
-        return (strings[0],), (
-            f"text column: {strings[0]} (the first column of strings; choose with data.text_column)"
-        )
-    raise DataError(f"the data has no column of text; it has: {listing}")
-
-
-def _is_string(t: pa.DataType) -> bool:
-    return bool(pa.types.is_string(t) or pa.types.is_large_string(t))
-
-
-def _check_id_column(schema: pa.Schema, name: str | None) -> str | None:
-    if name is not None and name not in schema.names:
-        raise DataError(
-            f"data.id_column={name}: no such column.{did_you_mean(name, schema.names)} "
-            f"The file has: {', '.join(schema.names)}"
-        )
-    return name
-
-
-def _document(row: Mapping[str, Any], columns: Sequence[str], id_column: str | None) -> Document:
-    text = "\n".join(str(row[c]) for c in columns if row[c])
-    return Document(text if id_column is None else str(row[id_column]), text)
+def _columns(schema: pa.Schema, settings: DataSettings) -> Columns:
+    return find_columns(
+        schema,
+        text=settings.text_column,
+        messages=settings.messages_column,
+        images=settings.images_column,
+        id=settings.id_column,
+    )
 
 
 # -- parquet ---------------------------------------------------------------------------------------
@@ -154,15 +117,13 @@ class ParquetSource:
                 raise DataError(f"{file} has other columns than {self._files[0]}")
         if not sum(m.num_rows for m in self._meta):
             raise DataError(f"{self._files[0]}: the parquet data has no rows")
-        self._columns, note = find_text_columns(schema, settings.text_column)
-        self._id_column = _check_id_column(schema, settings.id_column)
+        self.columns = _columns(schema, settings)
         self._max = settings.max_samples
-        self.notes: Sequence[str] = (note,)
+        self.notes: Sequence[str] = (self.columns.note,)
         self.identity: Mapping[str, Any] = {
             "kind": "parquet",
             "files": [{"bytes": f.stat().st_size, "sha256": file_digest(f)} for f in self._files],
-            "text_columns": list(self._columns),
-            "id_column": self._id_column,
+            **self.columns.identity,
             "max_samples": self._max,
         }
 
@@ -184,17 +145,16 @@ class ParquetSource:
                 number, first, size, rows = number + 1, group + 1, 0, 0
 
     def read(self, unit: Unit) -> Iterator[Document]:
-        columns = [*self._columns, *([self._id_column] if self._id_column else [])]
         left = unit.max_rows
+        at_once = 256 if self.columns.images is None else 16
         with pq.ParquetFile(self._files[unit.file]) as file:
             groups = range(unit.first, unit.first + unit.count)
-            for batch in file.iter_batches(256, row_groups=list(groups), columns=columns):
+            names = list(dict.fromkeys(self.columns.names))
+            for batch in file.iter_batches(at_once, row_groups=list(groups), columns=names):
                 rows = batch.to_pylist()
                 rows = rows if left is None else rows[:left]
                 left = None if left is None else left - len(rows)
-                for row in rows:
-                    if any(row[c] for c in self._columns):
-                        yield _document(row, self._columns, self._id_column)
+                yield from (d for d in map(self.columns.document, rows) if d is not None)
 
 
 def expand(patterns: Sequence[str] | str) -> list[Path]:
@@ -232,20 +192,20 @@ class StreamedSource:
         if settings.dataset is None:
             raise DataError("data=hub needs data.dataset=NAME (a repository id or a local folder)")
         self._settings = settings
-        first = next(iter(self._stream()), None)
+        stream = self._stream()
+        first = next(iter(stream), None)
         if first is None:
             raise DataError(f"data.dataset={settings.dataset}: split {settings.split} has no rows")
-        schema = pa.Table.from_pylist([first]).schema
-        self._columns, note = find_text_columns(schema, settings.text_column)
-        self._id_column = _check_id_column(schema, settings.id_column)
-        self.notes: Sequence[str] = (note,)
+        known = stream.features  # without them, the first row tells
+        schema = pa.Table.from_pylist([first]).schema if known is None else known.arrow_schema
+        self.columns = _columns(schema, settings)
+        self.notes: Sequence[str] = (self.columns.note,)
         self.identity: Mapping[str, Any] = {
             "kind": "hub",
             "dataset": _content_of(settings),
             "subset": settings.subset,
             "split": settings.split,
-            "text_columns": list(self._columns),
-            "id_column": self._id_column,
+            **self.columns.identity,
             "max_samples": settings.max_samples,
         }
 
@@ -260,9 +220,8 @@ class StreamedSource:
             number += 1
 
     def read(self, unit: Unit) -> Iterator[Document]:
-        for row in self._stream().skip(unit.first).take(unit.count):
-            if any(row[c] for c in self._columns):
-                yield _document(row, self._columns, self._id_column)
+        rows = self._stream().skip(unit.first).take(unit.count)
+        yield from (d for d in map(self.columns.document, rows) if d is not None)
 
     def _stream(self) -> Any:
         import datasets
@@ -270,9 +229,10 @@ class StreamedSource:
         s = self._settings
         assert s.dataset is not None  # __init__
         try:
-            return datasets.load_dataset(
+            stream = datasets.load_dataset(
                 s.dataset, s.subset, split=s.split, revision=s.revision, streaming=True
             )
+            return stream if s.images_column is None else stream.decode(False)  # images stay bytes
         except (OSError, ValueError, RuntimeError) as e:
             raise DataError(f"data.dataset={s.dataset} cannot be opened: {e}") from e
 
