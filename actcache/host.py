@@ -2,30 +2,38 @@
 
 The only module (with data.py) that imports transformers. A hub name is first resolved to a local
 snapshot, so local folders and hub models go through the same code and the same weights have the
-same identity wherever they lie. The host is truncated above the deepest hook before its weights
-are read, by its config; it is never stopped by an exception.
+same identity wherever they lie. The host loses its blocks above the deepest hook when it is built,
+before weights are read, so theirs are never loaded; no exception stops a forward pass. Its config
+stays whole, as some families derive a block's form from the number of blocks.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from actcache import ranks, sharded
+from actcache.adapter import HEADS, Adapter
 from actcache.errors import HostError
-from actcache.hooks import HookPoint, deepest_block
-from actcache.store.ids import digest, file_digest
+from actcache.families import cut, cut_class, deepest_block, is_stateful, runner
+from actcache.hooks import HookPoint
+from actcache.hub import digests, explained, local_folder, model_folder
+from actcache.store.ids import digest
+from actcache.store.records import did_you_mean
+from actcache.tokens import token_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -34,11 +42,18 @@ class HostSettings:
     """Which model to run. `conf/host/*.yaml` are examples."""
 
     model: str  # local folder, or hub repository
-    revision: str | None = None
+    revision: str | None = None  # of a hub repository
+    adapter: str | None = None  # PEFT adapter: local folder, or hub repository
+    quantization: dict[str, Any] | None = (
+        None  # such as {"load_in_8bit": True}, for from_pretrained
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     device: str = "auto"  # auto: cuda if there is one
+    device_map: str | dict[str, Any] | None = None  # "auto", or {module: device}, instead of device
     batch_tokens: int = 4096  # tokens of one forward pass
+    sharding: sharded.Sharding = "none"  # how ranks share the weights; none: each has all of them
+    rank_timeout: float = 1800.0  # seconds that ranks wait for each other
     trust_remote_code: bool = False
 
 
@@ -46,11 +61,16 @@ class Host:
     """A model's files, config and tokenizer. Weights are read by `load` only."""
 
     def __init__(self, settings: HostSettings) -> None:
-        """Raises HostError if the model is not there or its tokenizer does not fit it."""
+        """Raises HostError if the model is not there or its tokenizer does not fit it.
+
+        `notes` is what the user should know: settings without effect, an adapter of another name.
+        """
         from transformers import AutoConfig, AutoTokenizer
 
         self.settings = settings
-        self.folder = _resolve(settings)
+        self.folder = model_folder(settings.model, settings.revision)
+        self.adapter = _adapter(settings)
+        self.notes = _notes(settings, self.adapter)
         trust = settings.trust_remote_code
         with _explained(settings):
             self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust)
@@ -63,14 +83,18 @@ class Host:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the activations: weights, config, number type, attention kernel."""
+        """What decides the activations: weights, config, number type, attention, adapter."""
+        optional = {
+            "adapter": self.adapter.identity if self.adapter else None,
+            "quantization": self.settings.quantization,
+        }
         return {
             "architecture": self.config.model_type,
             "config": digest(self._plain_config()),
-            "weights": digest(_digests(self._weight_files())),
+            "weights": digest(digests(self._weight_files())),
             "dtype": self.settings.dtype,
             "attention": self.settings.attention,
-        }
+        } | {k: v for k, v in optional.items() if v}
 
     @cached_property
     def tokenizer_identity(self) -> str:
@@ -94,46 +118,118 @@ class Host:
 
     @property
     def device(self) -> torch.device:
+        """Where token ids go; with `device_map` the library moves them on."""
         if self.settings.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return ranks.device()
         return torch.device(self.settings.device)
 
     def skeleton(self) -> nn.Module:
-        """The whole base model on the meta device: its module names, no weights."""
+        """The whole base model on the meta device: its module names, no weights.
+
+        With its adapter, if it has one. Raises HostError if that belongs to another model, or if
+        the model does not read text.
+        """
         from transformers import AutoModel
 
         with torch.device("meta"), _explained(self.settings):
             model = AutoModel.from_config(  # type: ignore[no-untyped-call]
-                self.config, trust_remote_code=self.settings.trust_remote_code
+                copy.deepcopy(self.config),
+                trust_remote_code=self.settings.trust_remote_code,
             )
+        reads = getattr(model, "main_input_name", "input_ids")
+        if reads != "input_ids":
+            raise HostError(f"host.model={self.settings.model} reads {reads}, not tokens of text")
+        if self.adapter is not None:
+            self.adapter.apply(model, whole=True)
         return _module(model)
 
     def load(self, points: list[HookPoint]) -> nn.Module:
-        """The base model (no LM head), cut above the deepest of `points`, ready to run."""
-        from transformers import AutoModel
+        """The base model (no LM head), cut above the deepest of `points`, ready to run.
 
-        config = self._truncated(points)
+        Raises HostError if it cannot be loaded, or if its files lack weights that would run.
+        """
+        sharding, load = self.settings.sharding, partial(self._from_pretrained, points)
+        if sharding != "none":
+            return sharded.load(sharding, load, self.settings.dtype, self.skeleton())
+        model = load()
+        if self.adapter is not None:
+            self.adapter.apply(model, whole=False)
+        if not self._placed:
+            model = model.to(self.device)
+        return model.eval().requires_grad_(False)
+
+    def _from_pretrained(self, points: list[HookPoint], **more: Any) -> nn.Module:
+        """The cut model with its weights. `more` are further keywords of its namesake."""
+        skeleton = self.skeleton()
+        deepest = deepest_block((p.module for p in points), skeleton)
+        options: dict[str, Any] = {
+            "dtype": DTYPES[self.settings.dtype],
+            "attn_implementation": self.settings.attention,
+        }
+        if self._placed:
+            options["device_map"] = self._device_map(skeleton, deepest)
+        if self.settings.quantization:
+            options["quantization_config"] = dict(self.settings.quantization)
         with _explained(self.settings), _quiet():
-            model = _module(
-                AutoModel.from_pretrained(
-                    self.folder,
-                    config=config,
-                    dtype=DTYPES[self.settings.dtype],
-                    attn_implementation=self.settings.attention,
-                    trust_remote_code=self.settings.trust_remote_code,
-                )
+            model, report = cut_class(type(skeleton), deepest).from_pretrained(
+                self.folder,
+                config=_without_cache(self.config),
+                output_loading_info=True,
+                **(options | more),
             )
-        return model.to(self.device).eval().requires_grad_(False)
+        self._refuse_missing(report["missing_keys"], points)
+        return _module(model)
 
-    def _truncated(self, points: list[HookPoint]) -> Any:
-        deepest = deepest_block(points, self.skeleton())
-        config = copy.deepcopy(self.config)
-        text = config.get_text_config()
-        if deepest is not None and deepest + 1 < text.num_hidden_layers:
-            text.num_hidden_layers = deepest + 1
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[: deepest + 1]
-        return config
+    @property
+    def _placed(self) -> bool:
+        """Whether the library puts weights on devices; quantised ones do not move afterwards."""
+        return bool(self.settings.device_map or self.settings.quantization)
+
+    def _device_map(self, skeleton: nn.Module, deepest: int | None) -> str | dict[str, Any]:
+        """As asked, for the modules that are left, by their names in the base model."""
+        asked = self.settings.device_map
+        if asked is None:
+            return {"": str(self.device)}
+        if isinstance(asked, str):
+            return asked
+        own = f"{getattr(skeleton, 'base_model_prefix', '')}."
+        whole = dict(skeleton.named_modules())
+        named = {k if k in whole else k.removeprefix(own): v for k, v in asked.items()}
+        strange = [k for k in named if k not in whole and k.split(".")[0] not in HEADS]
+        if strange:
+            raise HostError(
+                f"host.device_map: the host has no module {strange[0]!r}."
+                f"{did_you_mean(strange[0], whole)}"
+            )
+        cut(skeleton, deepest)
+        left = dict(skeleton.named_modules())
+        return {k: v for k, v in named.items() if k in left}
+
+    def _refuse_missing(self, keys: Any, points: list[HookPoint]) -> None:
+        """Weights that no file has would be random. A pooler that no hook asks for may be."""
+        asked = any("pooler" in p.module for p in points)
+        missing = sorted(k for k in keys if asked or "pooler" not in k.split("."))
+        if missing:
+            raise HostError(
+                f"host.model={self.settings.model}: its files lack {len(missing)} of the weights "
+                f"that its config asks for, such as {missing[0]}; they would be random"
+            )
+
+    def check_packing(self, attend_across_documents: bool, skeleton: nn.Module) -> None:
+        """HostError if documents are to be kept apart and this host cannot do that."""
+        if attend_across_documents:
+            return
+        remedy = "use pack.attend_across_documents=true"
+        if is_stateful(skeleton):
+            raise HostError(
+                f"pack.attend_across_documents=false: {self.config.model_type} carries a state "
+                "from token to token, which no attention mask restarts at a document; " + remedy
+            )
+        if self.settings.attention not in ("sdpa", "eager"):
+            raise HostError(
+                f"pack.attend_across_documents=false: host.attention={self.settings.attention} "
+                f"takes no mask of documents; use host.attention=sdpa, or {remedy[4:]}"
+            )
 
     def _check_tokenizer(self) -> None:
         vocab = getattr(self.config.get_text_config(), "vocab_size", None)
@@ -158,57 +254,25 @@ class Host:
         return token_bytes(self.tokenizer)
 
 
-def forward(model: nn.Module, ids_BT: Tensor, mask: Tensor, positions_BT: Tensor | None) -> None:
-    """Run the model for its hooks. `mask` is (B, T) of ones and zeros, or (B, 1, T, T) bool."""
-    extra = {} if positions_BT is None else {"position_ids": positions_BT}
-    with torch.inference_mode():
-        model(input_ids=ids_BT, attention_mask=mask, use_cache=False, **extra)
+def forward(
+    model: nn.Module,
+    ids_BT: Tensor,
+    mask: Tensor | dict[str, Tensor],
+    positions_BT: Tensor | None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Run the model for its hooks; of an encoder-decoder, the encoder.
 
-
-# -- tokens as bytes -------------------------------------------------------------------------------
-
-
-def token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes each token id stands for, from the tokenizer's decoder rather than its vocabulary.
-
-    Byte-level BPE spells bytes as printable letters, SentencePiece spells a space as U+2581 and
-    bytes as <0xNN>, WordPiece marks continuations with ##.
+    `mask` is (B, T) of ones and zeros, or (B, 1, T, T), or several of those by kind of attention;
+    `inputs` are pixels and the like, see inputs.py.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = str(getattr(backend, "decoder", None))
-    spelled = _byte_level if "ByteLevel" in decoder else _sentence_piece
-    if "WordPiece" in decoder:
-        spelled = _word_piece
-    added = {i: t.content.encode() for i, t in tokenizer.added_tokens_decoder.items()}
-    pieces = {i: spelled(piece) for piece, i in tokenizer.get_vocab().items()} | added
-    return [pieces.get(i, b"") for i in range(max(pieces, default=-1) + 1)]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Printable letter -> byte, GPT-2's table: bytes that print stand for themselves."""
-    keep = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(b): b for b in keep}
-    rest = [b for b in range(256) if b not in set(keep)]
-    return table | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _byte_level(piece: str) -> bytes:
-    if all(c in _ALPHABET for c in piece):
-        return bytes(_ALPHABET[c] for c in piece)
-    return piece.encode()
-
-
-def _sentence_piece(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("\u2581", " ").encode()
-
-
-def _word_piece(piece: str) -> bytes:
-    return piece[2:].encode() if piece.startswith("##") else b" " + piece.encode()
+    part = runner(model)
+    kind: Any = type(getattr(part, "module", part))
+    takes = inspect.signature(kind.forward).parameters
+    extra: dict[str, Any] = {"position_ids": positions_BT, "use_cache": False}
+    extra = {k: v for k, v in extra.items() if k in takes and v is not None}
+    with torch.inference_mode():
+        part(input_ids=ids_BT, attention_mask=mask, **extra, **(inputs or {}))
 
 
 # -- making and finding models ---------------------------------------------------------------------
@@ -239,50 +303,48 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
-def _resolve(settings: HostSettings) -> Path:
-    """The local folder of the model, downloading a hub repository if need be."""
-    folder = Path(settings.model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise HostError(f"host.model={settings.model}: this folder has no config.json")
-        return folder
-    if settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1:
-        raise HostError(f"host.model={settings.model}: there is no such folder")
-    from huggingface_hub import snapshot_download
+def _without_cache(config: Any) -> Any:
+    """A copy of the config that keeps no keys and values of past tokens."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+    return config
 
-    with _explained(settings):
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py"]
-        found = snapshot_download(
-            settings.model, revision=settings.revision, allow_patterns=patterns
+
+def _adapter(settings: HostSettings) -> Adapter | None:
+    if settings.adapter is None:
+        return None
+    return Adapter(settings.adapter, local_folder(settings.adapter, None, "host.adapter"))
+
+
+def _notes(settings: HostSettings, adapter: Adapter | None) -> list[str]:
+    """Settings without effect, and what looks like a mistake."""
+    if settings.device_map is not None and settings.device != "auto":
+        raise HostError(
+            f"host.device={settings.device} and host.device_map={settings.device_map} both say "
+            "where the weights go: leave one out"
         )
-    return Path(found)
+    notes = []
+    if settings.revision is not None and Path(settings.model).expanduser().is_dir():
+        notes.append(
+            f"host.revision={settings.revision} has no effect: host.model={settings.model} is a "
+            "local folder"
+        )
+    base = adapter.trained_on if adapter else ""
+    if base and Path(base).name != Path(settings.model).name:
+        notes.append(
+            f"host.adapter={settings.adapter} names {base} as its base, the host is "
+            f"{settings.model}: whether it belongs there is for you to know"
+        )
+    return notes
 
 
-def _digests(files: list[Path]) -> list[dict[str, Any]]:
-    """Name, size and digest of each file; a bar where there is enough to wait for."""
-    sizes = [f.stat().st_size for f in files]
-    found = []
-    with tqdm(
-        total=sum(sizes),
-        unit="B",
-        unit_scale=True,
-        desc="reading weights for their digest",
-        disable=sum(sizes) < 2 << 30,
-    ) as bar:
-        for file, size in zip(files, sizes, strict=True):
-            found.append({"name": file.name, "bytes": size, "sha256": file_digest(file)})
-            bar.update(size)
-    return found
-
-
-@contextmanager
-def _explained(settings: HostSettings) -> Iterator[None]:
-    """Library errors, in the words of the setting that caused them."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        first = str(e).strip().split("\n")[0]
-        raise HostError(f"host.model={settings.model} cannot be loaded: {first}") from e
+def _explained(settings: HostSettings) -> AbstractContextManager[None]:
+    """Library errors, in the words of the settings that caused them."""
+    beside = {"device_map": settings.device_map, "quantization": settings.quantization}
+    said = ", ".join(f"host.{k}={v}" for k, v in beside.items() if v)
+    return explained(f"host.model={settings.model}", f" with {said}" if said else "")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Shapes: B contexts in a batch, T tokens of the longest, d width of a hook, n row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from actcache.data import Context
 from actcache.errors import HookError, NonFiniteError
 from actcache.hooks import Capture, HookPoint
 from actcache.host import forward
+from actcache.inputs import alike, joined
+from actcache.masks import Masks, check_isolation, document_masks
 from actcache.store import FLAG_DOC_START, TokenTable
 from actcache.store.layout import DTYPES
 
@@ -55,9 +57,20 @@ class SegmentBuilder:
         )
 
     def widths(self) -> dict[str, int]:
-        """d of every hook, from a forward pass over two tokens. HookError if one is silent."""
-        probe = Context(np.zeros(2, np.uint32), np.zeros(2, np.uint64), np.zeros(2, np.uint8))
-        return {name: x.shape[-1] for name, x in self._run([probe]).items()}
+        """d of every hook, from a forward pass over two contexts of three tokens.
+
+        Raises HookError if a hook is silent or not one vector per token, HostError if attention is
+        to stop at documents and the host does not do that.
+        """
+        if not self._cross:
+            check_isolation(self._packed, _vocab(self._model), next(self._model.parameters()).dtype)
+        probe = Context(np.zeros(3, np.uint32), np.zeros(3, np.uint64), np.zeros(3, np.uint8))
+        return {name: x.shape[-1] for name, x in self._run([probe, probe]).items()}
+
+    def dummy(self) -> None:
+        """One forward pass over two tokens that nobody keeps: a rank's part in others' passes."""
+        ids_BT = torch.zeros((1, 2), dtype=torch.int64, device=self._device)
+        forward(self._model, ids_BT, torch.ones_like(ids_BT), None)
 
     def build(
         self, contexts: Sequence[Context], advance: Callable[[int], object]
@@ -83,18 +96,17 @@ class SegmentBuilder:
 
     def _run(self, batch: Sequence[Context]) -> dict[str, Tensor]:
         """Activations (rows, d) of the real tokens, by hook."""
+        if len(groups := alike(batch)) > 1:
+            parts = [self._run(group) for group in groups]
+            return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         ids_BT, real_BT = _pad(batch)
-        mask, positions = real_BT, None
+        inputs = joined(batch, self._model, self._device, ids_BT.shape[1])
+        mask: Masks = real_BT.to(self._device)
+        positions = None
         if not self._cross:
-            mask, positions = _document_mask(batch, real_BT)
-        with Capture(self._model, self._points) as capture:
-            forward(
-                self._model,
-                ids_BT.to(self._device),
-                mask.to(self._device),
-                None if positions is None else positions.to(self._device),
-            )
-            found = capture.take()
+            starts = [(c.flags & FLAG_DOC_START) != 0 for c in batch]
+            mask, positions = document_masks(self._model, starts, self._device)
+        found = self._forward(ids_BT, mask, positions, inputs)
         for name, x in found.items():
             if x.shape[:2] != ids_BT.shape:
                 raise HookError(
@@ -103,8 +115,29 @@ class SegmentBuilder:
                 )
         if bool(real_BT.all()):
             return {name: x.flatten(0, 1) for name, x in found.items()}
-        keep = real_BT.bool().to(self._device)
-        return {name: x[keep] for name, x in found.items()}
+        keep = real_BT.bool()
+        return {name: x[keep.to(x.device)] for name, x in found.items()}
+
+    def _forward(
+        self,
+        ids_BT: Tensor,
+        mask: Masks,
+        positions: Tensor | None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The hooked tensors (B, T, d) of one forward pass."""
+        with Capture(self._model, self._points) as capture:
+            forward(self._model, ids_BT.to(self._device), mask, positions, inputs)
+            return capture.take(ids_BT.shape)
+
+    def _packed(
+        self, starts: Sequence[NDArray[np.bool_]], ids_BT: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
+        """The hooked tensors of contexts with documents at `starts`; alone, as one without."""
+        ids = torch.from_numpy(ids_BT)
+        if sum(map(np.count_nonzero, starts)) == len(starts):
+            return self._forward(ids, torch.ones_like(ids).to(self._device), None)
+        return self._forward(ids, *document_masks(self._model, starts, self._device))
 
 
 def _finite(x: Tensor) -> bool:
@@ -142,20 +175,9 @@ def _pad(batch: Sequence[Context]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(real)
 
 
-def _document_mask(batch: Sequence[Context], real_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention inside each document only: mask (B, 1, T, T) and restarting positions."""
-    B, T = real_BT.shape
-    document_BT = torch.full((B, T), -1)
-    positions_BT = torch.zeros((B, T), dtype=torch.int64)
-    for row, context in enumerate(batch):
-        starts = (context.flags & FLAG_DOC_START) != 0
-        number = np.cumsum(starts)
-        begin = np.maximum.accumulate(np.where(starts, np.arange(len(context)), 0))
-        document_BT[row, : len(context)] = torch.from_numpy(number)
-        positions_BT[row, : len(context)] = torch.from_numpy(np.arange(len(context)) - begin)
-    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    causal_TT = torch.ones(T, T, dtype=torch.bool).tril()
-    return (same_BTT & causal_TT)[:, None], positions_BT
+def _vocab(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(getattr(config.get_text_config(), "vocab_size", None) or 1000)
 
 
 def _where(name: str, rows: Tensor, batch: Sequence[Context], first: int, dtype: str) -> str:

@@ -65,7 +65,7 @@ def test_a_hook_that_is_not_one_vector_per_token(asked, monkeypatch):
 
     original = Capture.take
     monkeypatch.setattr(
-        Capture, "take", lambda self: {k: x[:, :1] for k, x in original(self).items()}
+        Capture, "take", lambda self, *a: {k: x[:, :1] for k, x in original(self, *a).items()}
     )
     with pytest.raises(HookError, match="does not carry one vector per token"):
         run(asked())

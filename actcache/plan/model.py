@@ -18,8 +18,9 @@ from torch import nn
 from actcache import host as hosts
 from actcache.demo import demo_paths
 from actcache.errors import HookError, HostError
+from actcache.families import block_list, deepest_block
 from actcache.fill import WRITES
-from actcache.hooks import Capture, HookPoint, block_list, deepest_block
+from actcache.hooks import Capture, HookPoint
 from actcache.host import Host, HostSettings
 from actcache.plan.records import (
     Assumptions,
@@ -91,7 +92,7 @@ def hook_widths(host: Host, model: nn.Module, points: list[HookPoint]) -> dict[s
     try:
         with Capture(model, points) as capture:
             hosts.forward(model, ids_BT, mask, None)
-            found = capture.take()
+            found = capture.take(ids_BT.shape)
     except (RuntimeError, NotImplementedError) as e:
         first = str(e).strip().split("\n")[0]
         raise HostError(
@@ -133,7 +134,7 @@ class Shape:
 
     def _read_blocks(self, model: nn.Module, points: list[HookPoint]) -> None:
         """Where the blocks are; what lies beside the text model (vision) sees no text."""
-        deepest = deepest_block(points, model)
+        deepest = deepest_block((p.module for p in points), model)
         try:
             self.path, blocks = block_list(model)
         except HookError:  # a model without such a list runs whole
