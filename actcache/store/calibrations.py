@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from actcache.store import layout
 from actcache.store.errors import DamagedError, StoreError
 from actcache.store.int8 import Calibration
 from actcache.store.int8_reader import read_calibration
+from actcache.store.places import Location
 from actcache.store.publish import publish
 from actcache.store.reader import read_record
 from actcache.store.schema import Commit, Record, dump, tag
@@ -46,7 +46,7 @@ class CalibrationRecord(Record):
 
 
 def publish_calibration(
-    root: Path, activation_id: str, calibration: Calibration, rows: int
+    root: Location, activation_id: str, calibration: Calibration, rows: int
 ) -> None:
     """Publish the calibration of a hook, unless another writer was first; then that one counts."""
     record = CalibrationRecord(
@@ -62,7 +62,7 @@ def publish_calibration(
 
 
 def find_calibration(
-    root: Path, activation_id: str, commits: Mapping[str, Sequence[Commit]]
+    root: Location, activation_id: str, commits: Mapping[str, Sequence[Commit]]
 ) -> Calibration | None:
     """From a committed segment, or else what was published before the first; None if neither."""
     for commit in [c for some in list(commits.values()) for c in some]:
@@ -79,5 +79,5 @@ def find_calibration(
     return record.decode()
 
 
-def _file(root: Path, activation_id: str) -> Path:
+def _file(root: Location, activation_id: str) -> Location:
     return root / layout.CALIBRATIONS / f"{tag([activation_id])}.json"

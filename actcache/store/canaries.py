@@ -9,11 +9,9 @@ zarr group of the same form as a segment, in (ctx, pos) order, under a record th
 from __future__ import annotations
 
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +19,11 @@ from numpy.typing import NDArray
 
 from actcache.store import layout
 from actcache.store.errors import DamagedError
+from actcache.store.files import remove
 from actcache.store.ids import digest
+from actcache.store.places import Location, Remote, each, listable
 from actcache.store.publish import publish
-from actcache.store.reader import Store, read_record, read_table
+from actcache.store.reader import Snapshot, Store, read_record, read_table
 from actcache.store.schema import (
     MAX_ROWS,
     HookInfo,
@@ -82,7 +82,7 @@ class CanaryRecord(Record):
 class Canary:
     """Contexts of a store with the activations of some of its hooks, in (ctx, pos) order."""
 
-    root: Path
+    root: Location
     record: CanaryRecord
 
     @property
@@ -111,12 +111,26 @@ class Canary:
         return rows
 
 
-def canary_files(root: Path) -> list[Path]:
+def canary_files(root: Location) -> Sequence[Location]:
     """Records of the canaries of the store at `root`."""
     return names_in(root, layout.CANARIES, _FILE)
 
 
-def read_canary(store: Store, file: Path) -> Canary:
+def named_canary_files(snapshot: Snapshot) -> Sequence[Location]:
+    """Records of the canaries of a snapshot's store, also where nothing can be listed.
+
+    There those are looked for that have the tag of a commit.
+    """
+    root = snapshot.store.path
+    if not isinstance(root, Remote) or listable(root):
+        return canary_files(root)
+    tags = sorted({file.split(".")[1] for s in snapshot.segments for file in s.entry.commits})
+    files = [root / layout.CANARIES / f"{tag}.json" for tag in tags]
+    there = each(root, Remote.is_file, files)
+    return [file for file, is_there in zip(files, there, strict=True) if is_there]
+
+
+def read_canary(store: Store, file: Location) -> Canary:
     """One canary of `store`. DamagedError."""
     record = read_record(CanaryRecord, store.path, file)
     if record.store_id != store.store_id or file.name != f"{record.tag}.json":
@@ -126,17 +140,18 @@ def read_canary(store: Store, file: Path) -> Canary:
 
 def canaries(store: Store) -> Iterator[Canary]:
     """All canaries of a store; they need not cover every hook. DamagedError."""
-    for file in canary_files(store.path):
+    listed = listable(store.path)
+    for file in canary_files(store.path) if listed else named_canary_files(store.snapshot()):
         yield read_canary(store, file)
 
 
-def canary_file(root: Path, activation_ids: set[str]) -> Path:
+def canary_file(root: Location, activation_ids: set[str]) -> Location:
     """Where the record of the canary of these hooks lies, or would lie."""
     return root / layout.CANARIES / f"{tag(activation_ids)}.json"
 
 
 def write_canary(
-    root: Path,
+    root: Location,
     *,
     store_id: str,
     segment: str,
@@ -165,4 +180,4 @@ def write_canary(
     try:
         publish(canary_file(root, ids), dump(record.sealed()))
     except FileExistsError:
-        shutil.rmtree(root / folder)
+        remove(root / folder)

@@ -2,8 +2,8 @@
 
 A claim is a small file created exclusively; its owner touches it while at work. A claim that was
 not touched for a lease is dead and may be taken over; so is one whose process on this machine is
-gone. Ages are measured on the file system's own clock (the time it gives a file we touch), so the
-clocks of the writers' machines do not matter.
+gone. Ages are measured on the clock of the file system or object store (the time it gives a file
+that we touch), so the clocks of the writers' machines do not matter.
 
 Claims save work, they do not protect data: if two writers ever do the same unit, the exclusive
 commit decides, and the loser's bytes are in a folder of their own.
@@ -14,24 +14,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
-import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from actcache.store.errors import DamagedError, RemoteError
+from actcache.store.files import entry, now, remove, swap, touch
 from actcache.store.ids import digest, short
+from actcache.store.places import Location
 from actcache.store.publish import publish
+from actcache.store.untrusted import names_in, read_file
 
 LEASE = 60.0  # seconds without a touch after which a claim is dead
+CLAIM = re.compile(r".*\.json")
+_MAX_CLAIM = 1 << 16  # bytes
 
 
 class Claims:
     """The claims of one writer below `folder`. A context manager: leaving it lets all go."""
 
-    def __init__(self, folder: Path, owner: str, lease: float = LEASE) -> None:
+    def __init__(self, folder: Location, owner: str, lease: float = LEASE) -> None:
         self.folder, self.owner, self.lease = folder, owner, lease
+        claim = {"owner": owner, "machine": machine(), "pid": os.getpid()}
+        self._mine = json.dumps(claim).encode()
         self._held: set[str] = set()
         self._stop = threading.Event()
         self._beat: threading.Thread | None = None
@@ -51,15 +59,14 @@ class Claims:
         """Let `name` go, if it is still ours."""
         self._held.discard(name)
         path = self._path(name)
-        if _read(path).get("owner") == self.owner:
-            path.unlink(missing_ok=True)
+        if self._read(path) == self._mine:
+            remove(path)
 
     def others(self) -> list[str]:
         """Names held by other living writers."""
-        theirs = (
-            p for p in sorted(self.folder.glob("*.json")) if _read(p).get("owner") != self.owner
-        )
-        return [path.stem for path in theirs if not self._dead(path)]
+        files = names_in(self.folder, "", CLAIM)
+        claims = ((path, self._read(path)) for path in files)
+        return [p.stem for p, claim in claims if claim != self._mine and not self._dead(p, claim)]
 
     def __enter__(self) -> Self:
         return self
@@ -73,59 +80,48 @@ class Claims:
         for name in list(self._held):
             self.release(name)
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str) -> Location:
         return self.folder / f"{name}.json"
 
-    def _create(self, path: Path) -> bool:
-        claim = {"owner": self.owner, "machine": machine(), "pid": os.getpid()}
+    def _create(self, path: Location) -> bool:
         try:
-            publish(path, json.dumps(claim).encode())
+            publish(path, self._mine)
         except FileExistsError:
             return False
         return True
 
-    def _take_over(self, path: Path) -> bool:
-        """Move a dead claim aside and claim anew; False if it lives or another was faster."""
-        before = _read(path)
-        if not self._dead(path):
-            return False
-        aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
-        try:
-            path.rename(aside)
-        except FileNotFoundError:
-            return False
-        stolen = _read(aside) != before  # another writer had just taken it over: give it back
-        if stolen:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
-        aside.unlink()
-        return not stolen and self._create(path)
+    def _take_over(self, path: Location) -> bool:
+        """Put ours in place of a dead claim; False if it lives or another was faster."""
+        before = self._read(path)
+        return self._dead(path, before) and swap(path, before, self._mine)
 
-    def _dead(self, path: Path) -> bool:
-        claim = _read(path)
-        if claim.get("machine") == machine() and not _alive(claim.get("pid")):
-            return True
+    def _read(self, path: Location) -> bytes:
+        """A claim's bytes; none if it is gone or cannot be a claim."""
         try:
-            return self.now() - path.stat().st_mtime > self.lease
-        except FileNotFoundError:
+            return read_file(self.folder, path, _MAX_CLAIM)
+        except DamagedError:
+            return b""
+
+    def _dead(self, path: Location, claim: bytes) -> bool:
+        found = _parse(claim)
+        if found.get("machine") == machine() and not _alive(found.get("pid")):
+            return True
+        held = entry(path)
+        if held is None:
             return False  # released this moment; the next look will see
+        return self.now() - held.modified > self.lease
 
     def now(self) -> float:
-        """Time of the file system that holds the store."""
-        clock = self.folder / f".clock.{self.owner}.partial"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        clock.touch()
-        os.utime(clock)
-        seen = clock.stat().st_mtime
-        clock.unlink(missing_ok=True)
-        return seen
+        """Time of the file system or object store that holds the store."""
+        return now(self.folder)
 
     def _touch_held(self) -> None:
         while not self._stop.wait(self.lease / 6):
             for name in list(self._held):
-                # Gone: taken over while this machine slept. The commit decides then.
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(self._path(name))
+                # Gone, or another's: taken over while this machine slept. Out of reach: it may be
+                # taken over. The commit decides then.
+                with contextlib.suppress(RemoteError):
+                    touch(self._path(name), self._mine)
 
 
 def machine() -> str:
@@ -146,9 +142,9 @@ def _alive(pid: object) -> bool:
     return True
 
 
-def _read(path: Path) -> dict[str, object]:
+def _parse(claim: bytes) -> dict[str, object]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        found = json.loads(claim)
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,20 +8,22 @@ that are not ours are not touched.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.store import layout
+from actcache.store import files, layout
 from actcache.store.canaries import CanaryRecord, canary_files
-from actcache.store.claims import Claims
+from actcache.store.claims import CLAIM, Claims
+from actcache.store.files import entry
+from actcache.store.places import Location, each, place
 from actcache.store.publish import PARTIAL
 from actcache.store.reader import commit_files, read_record
 from actcache.store.schema import Commit
-from actcache.store.untrusted import inside
+from actcache.store.untrusted import inside, names_in
 
 GRACE = 3600.0  # seconds
+_PARTIAL = re.compile(rf"\..*{re.escape(PARTIAL)}")
 _ATTEMPT = re.compile(rf"({layout.SEGMENT_ID.pattern}|[0-9a-f]{{12}})\.[0-9a-f]{{8}}")
 
 
@@ -29,64 +31,53 @@ _ATTEMPT = re.compile(rf"({layout.SEGMENT_ID.pattern}|[0-9a-f]{{12}})\.[0-9a-f]{
 class Garbage:
     """Something that no commit names."""
 
-    path: Path
+    path: Location
     bytes: int
 
 
-def find_garbage(root: Path, grace: float = GRACE) -> list[Garbage]:
+def find_garbage(root: str | Location, grace: float = GRACE) -> list[Garbage]:
     """Removable things of the store at `root` that were last changed over `grace` seconds ago."""
+    root = place(root)
     for name in layout.FOLDERS:
         inside(root, root / name)  # nothing is removed outside the store
     claims = Claims(root / layout.CLAIMS, "gc")
     now = claims.now()
-    commits = (read_record(Commit, root, f) for f in commit_files(root))
-    canaries = (read_record(CanaryRecord, root, f) for f in canary_files(root))
-    named = {root / r.folder for records in (commits, canaries) for r in records}
+    commits = each(root, lambda f: read_record(Commit, root, f).folder, commit_files(root))
+    canaries = each(root, lambda f: read_record(CanaryRecord, root, f).folder, canary_files(root))
+    named = {root / folder for folder in (*commits, *canaries)}
     attempts, partials = _attempts(root, named), _partials(root, named)
     candidates = [*attempts, *partials, *_dead_claims(root, claims)]
-    return [Garbage(p, _size(p)) for p in candidates if now - _newest(p) >= grace]
+    found = zip(candidates, each(root, entry, candidates), strict=True)
+    return [Garbage(p, e.bytes) for p, e in found if e and now - e.modified >= grace]
 
 
 def remove(garbage: list[Garbage]) -> int:
     """Remove what `find_garbage` found; bytes freed."""
     for item in garbage:
-        if item.path.is_dir():
-            shutil.rmtree(item.path)
-        else:
-            item.path.unlink(missing_ok=True)
+        files.remove(item.path)
     return sum(item.bytes for item in garbage)
 
 
-def _attempts(root: Path, named: set[Path]) -> Iterator[Path]:
-    folders = (*(root / layout.SEGMENTS).glob("u*"), *(root / layout.CANARIES).glob("*.*"))
-    for folder in sorted(folders):
-        if _ATTEMPT.fullmatch(folder.name) and folder not in named and not folder.is_symlink():
-            yield folder
+def _attempts(root: Location, named: set[Location]) -> Iterator[Location]:
+    for name in (layout.SEGMENTS, layout.CANARIES):
+        for folder in names_in(root, name, _ATTEMPT):
+            if folder not in named and not (isinstance(folder, Path) and folder.is_symlink()):
+                yield folder
 
 
-def _partials(root: Path, named: set[Path]) -> Iterator[Path]:
+def _partials(root: Location, named: set[Location]) -> Iterator[Location]:
     """Unfinished files; in a committed segment they come from a copy that was interrupted."""
     names = tuple(n for n in layout.FOLDERS if n != layout.SEGMENTS)
-    for folder in (root, *(root / name for name in names)):
-        yield from sorted(folder.glob(f".*{PARTIAL}"))
+    for name in ("", *names):
+        yield from names_in(root, name, _PARTIAL)
     for folder in sorted(named):
-        if not folder.is_symlink():
+        # An object store has none: there an object is whole or absent.
+        if isinstance(folder, Path) and not folder.is_symlink():
             yield from sorted(folder.rglob(f".*{PARTIAL}"))
 
 
-def _dead_claims(root: Path, claims: Claims) -> Iterator[Path]:
+def _dead_claims(root: Location, claims: Claims) -> Iterator[Location]:
     living = set(claims.others())
-    for file in sorted((root / layout.CLAIMS).glob("*.json")):
+    for file in names_in(root, layout.CLAIMS, CLAIM):
         if file.stem not in living:
             yield file
-
-
-def _newest(path: Path) -> float:
-    """When anything in `path` last changed."""
-    paths = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return max(p.lstat().st_mtime for p in paths)
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(p.lstat().st_size for p in files if p.is_file())

@@ -1,4 +1,4 @@
-"""Copy a snapshot of a store to another folder, every byte checked on the way.
+"""Copy a snapshot of a store to another place, every byte checked on the way.
 
 What a snapshot names is copied in the order in which it was written: identity, objects, commits,
 and the snapshot record last, each published whole or not at all. So an interrupted copy is a store
@@ -19,16 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actcache.store import layout
-from actcache.store.canaries import canaries, canary_file
+from actcache.store.canaries import named_canary_files, read_canary
 from actcache.store.errors import DamagedError, IdentityError, StoreError
+from actcache.store.files import blocks, file_size
 from actcache.store.ids import file_digest
+from actcache.store.objects import Buffer
+from actcache.store.places import Location, address, insist, place, relative
 from actcache.store.publish import publish, publishing
 from actcache.store.reader import Segment, Snapshot, Store, open_store
 from actcache.store.schema import Commit, SnapshotEntry, SnapshotRecord, dump
-from actcache.store.untrusted import MAX_JSON_BYTES, inside, open_file
+from actcache.store.untrusted import MAX_JSON_BYTES, inside
 from actcache.store.writer import identity_diff, refuse_strangers
-
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,17 @@ def copy_bytes(source: Snapshot, hooks: Sequence[str] | None = None) -> int:
 
 def copy_snapshot(
     source: Snapshot,
-    target: Path,
+    target: str | Location,
     hooks: Sequence[str] | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Copied:
-    """Copy `source` into the folder `target`, new or a copy of the same store.
+    """Copy `source` to `target`, new or a copy of the same store: a folder or s3://bucket/prefix.
 
     `hooks` None: all. `advance(bytes)` is called as objects get done. Raises DamagedError for bytes
     that do not match their digest (nothing wrong is published), IdentityError or StoreError for a
     target that holds something else, OutOfSpaceError.
     """
-    target = target.expanduser()
+    target = place(target)
     chosen = list(_chosen(source, hooks))
     record = _view(source.record, chosen) if hooks is not None else source.record
     _refuse_place(source, target)
@@ -116,18 +117,17 @@ def _files(source: Snapshot, chosen: list[tuple[Segment, list[Commit]]]) -> Iter
                 yield _File(stored.key, stored.sha256, stored.bytes)
             sha256 = segment.entry.commits[commit.file]
             yield _File(f"{layout.COMMITS}/{commit.file}", sha256)
-    yield from _canary_files(source.store, {h for _, cs in chosen for c in cs for h in _ids(c)})
+    yield from _canary_files(source, {h for _, cs in chosen for c in cs for h in _ids(c)})
 
 
-def _canary_files(store: Store, activation_ids: set[str]) -> Iterator[_File]:
+def _canary_files(source: Snapshot, activation_ids: set[str]) -> Iterator[_File]:
     """The canaries of hooks that are all copied."""
-    for canary in canaries(store):
-        record = canary.record
+    for file in named_canary_files(source):
+        record = read_canary(source.store, file).record
         if {h.activation_id for h in record.hooks} <= activation_ids:
             for stored in record.objects:
                 yield _File(stored.key, stored.sha256, stored.bytes)
-            file = canary_file(store.path, activation_ids={h.activation_id for h in record.hooks})
-            yield _File(str(file.relative_to(store.path)), file_digest(file))
+            yield _File(relative(source.store.path, file), file_digest(file))
 
 
 def _ids(commit: Commit) -> set[str]:
@@ -154,10 +154,10 @@ def _view(record: SnapshotRecord, chosen: list[tuple[Segment, list[Commit]]]) ->
 # -- where to --------------------------------------------------------------------------------------
 
 
-def _refuse_place(source: Snapshot, target: Path) -> None:
+def _refuse_place(source: Snapshot, target: Location) -> None:
     """StoreError unless `target` is new, empty, or a copy of this very store."""
-    here, there = source.store.path.resolve(), target.resolve()
-    if there.is_relative_to(here) or here.is_relative_to(there):
+    here, there = (f"{address(p)}/" for p in (source.store.path, target))
+    if there.startswith(here) or here.startswith(there):
         raise StoreError(f"{target} and {source.store.path}: one lies in the other; copy elsewhere")
     if not (target / layout.STORE_JSON).exists():
         refuse_strangers(target)
@@ -175,29 +175,33 @@ def _refuse_place(source: Snapshot, target: Path) -> None:
         )
 
 
-def _copy_file(root: Path, target: Path, file: _File) -> int | None:
+def _copy_file(root: Location, target: Location, file: _File) -> int | None:
     """Bytes written, or None if the file is there already, whole."""
     path = target / file.key
-    if path.exists() or path.is_symlink():
+    if path.exists() or (isinstance(path, Path) and path.is_symlink()):
         _refuse_other(root, path, file)
         return None
     try:
-        with publishing(path) as out:
-            sha256, size = hashlib.sha256(), 0
-            for block in _blocks(root, file):
-                sha256.update(block)
-                size += len(block)
-                out.write(block)
-            if f"sha256:{sha256.hexdigest()}" != file.sha256 or file.bytes not in (None, size):
-                raise _damaged(root, file, "does not match its digest")
+        return insist(root, lambda: _publish_copy(root, path, file))
     except FileExistsError:  # another copy at the same time was faster
         _refuse_other(root, path, file)
         return None
+
+
+def _publish_copy(root: Location, path: Location, file: _File) -> int:
+    with publishing(path) as out:
+        sha256, size = hashlib.sha256(), 0
+        for block in _blocks(root, file):
+            sha256.update(block)
+            size += len(block)
+            out.write(block)
+        if f"sha256:{sha256.hexdigest()}" != file.sha256 or file.bytes not in (None, size):
+            raise _damaged(root, file, "does not match its digest")
     return size
 
 
-def _refuse_other(root: Path, path: Path, file: _File) -> None:
-    size = path.stat().st_size
+def _refuse_other(root: Location, path: Location, file: _File) -> None:
+    size = path.stat().st_size if isinstance(path, Path) else file_size(path, path)
     if file.bytes not in (None, size) or file_digest(path) != file.sha256:
         raise StoreError(
             f"{path} has other bytes than {file.key} of {root} should have; it is left alone. "
@@ -205,21 +209,20 @@ def _refuse_other(root: Path, path: Path, file: _File) -> None:
         )
 
 
-def _blocks(root: Path, file: _File) -> Iterator[bytes]:
+def _blocks(root: Location, file: _File) -> Iterator[Buffer]:
     """The source's bytes, no more than recorded."""
     left = MAX_JSON_BYTES if file.bytes is None else file.bytes
     try:
-        with open_file(root, root / file.key) as f:
-            while block := f.read(_BLOCK):
-                left -= len(block)
-                if left < 0:
-                    raise _damaged(root, file, "is longer than recorded")
-                yield block
+        for block in blocks(root, root / file.key):
+            left -= len(block)
+            if left < 0:
+                raise _damaged(root, file, "is longer than recorded")
+            yield block
     except OSError as e:
         raise _damaged(root, file, f"cannot be read: {e.strerror}") from e
 
 
-def _damaged(root: Path, file: _File, what: str) -> DamagedError:
+def _damaged(root: Location, file: _File, what: str) -> DamagedError:
     return DamagedError(
         f"{root / file.key} {what}; it is not copied. actcache verify {root} lists all damage"
     )

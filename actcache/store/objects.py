@@ -28,7 +28,7 @@ TRIES = 5
 PAUSE = 0.2  # seconds before the second try; doubled before each further one
 STALL = 30.0  # seconds without a byte after which a connection is given up
 BLOCK = 8 << 20  # bytes of one request of a whole object
-AHEAD = 4  # such requests at once
+AHEAD = 2  # such requests at once
 _LASTING = {408, 425, 429}  # of the 4xx, those that waiting may mend
 _pid: int | None = None  # process that runs obstore's threads
 
@@ -104,14 +104,36 @@ class Objects:
 
     def create(self, key: str, data: Buffer) -> None:
         """Put an object under a name that is free. StoreError where nothing can be written."""
-        raise StoreError(
+        raise self._read_only(key)
+
+    def _read_only(self, key: str) -> StoreError:
+        return StoreError(
             f"{self.name(key)} cannot be written: http(s):// is for reading. Name a folder or "
             "s3://bucket/prefix to write to"
         )
 
+    def replace(self, key: str, data: Buffer) -> None:
+        """Put an object over one that may be there. Raises as `create`."""
+        raise self._read_only(key)
+
+    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+        """Replace an object that holds `old`; False if another was faster. Raises as `create`."""
+        raise self._read_only(key)
+
+    def remove(self, key: str) -> None:
+        """Remove an object, and all that lies below `key` as a folder. Raises as `create`."""
+        raise self._read_only(key)
+
+    def described(self, key: str) -> list[tuple[int, float]]:
+        """Size and time of change of an object and of all below it. Raises as `names`."""
+        raise self._unlisted(key)
+
     def names(self, folder: str) -> list[str]:
         """Names right below a folder, sorted. StoreError where nothing can be listed."""
-        raise StoreError(f"{self.name(folder)} cannot be listed: {self.base} is a web server")
+        raise self._unlisted(folder)
+
+    def _unlisted(self, folder: str) -> StoreError:
+        return StoreError(f"{self.name(folder)} cannot be listed: {self.base} is a web server")
 
     # -- asking ------------------------------------------------------------------------------------
 

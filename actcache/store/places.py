@@ -111,9 +111,21 @@ def place(where: str | Path | Remote) -> Location:
     )
 
 
+def listable(location: Location) -> bool:
+    """Whether the names in a folder can be listed; a web server only serves names it is told."""
+    return isinstance(location, Path) or location.client.listable
+
+
 def address(location: Location) -> str:
     """Absolute path or URL: equal for equal locations."""
     return str(location if isinstance(location, Remote) else location.resolve())
+
+
+def relative(root: Location, path: Location) -> str:
+    """The key of `path` in the store at `root`, with '/' between parts."""
+    if isinstance(path, Remote) and isinstance(root, Remote):
+        return str(path.relative_to(root))
+    return Path(path).relative_to(Path(root)).as_posix()
 
 
 def insist(location: Location, act: Callable[[], T]) -> T:

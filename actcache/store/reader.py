@@ -20,14 +20,16 @@ from actcache.store import layout
 from actcache.store.errors import DamagedError, HookMissingError, StoreError, StoreMissingError
 from actcache.store.hooknames import canonical
 from actcache.store.ids import bytes_digest, short
+from actcache.store.int8 import Error
 from actcache.store.int8_reader import Int8Reader
-from actcache.store.places import Location, Remote, each, insist, place
+from actcache.store.places import Location, Remote, each, insist, listable, place
 from actcache.store.records import did_you_mean
 from actcache.store.schema import (
     Commit,
     CommittedHook,
     HookInfo,
     Identity,
+    Quantised,
     Record,
     SnapshotEntry,
     SnapshotRecord,
@@ -78,7 +80,7 @@ def open_store(path: str | Location) -> Store:
 
 def snapshot_numbers(root: Location) -> list[int]:
     """Numbers of the snapshots of the store at `root`, oldest first."""
-    if isinstance(root, Remote) and not root.client.listable:
+    if isinstance(root, Remote) and not listable(root):
         return _probed(root)
     return sorted(int(file.stem) for file in names_in(root, layout.SNAPSHOTS, _SNAPSHOT))
 
@@ -229,6 +231,21 @@ class Snapshot:
             total = total.merge(segment.stats(name, special))
         return total
 
+    def storage_error(self, hook: str) -> Error | None:
+        """What storing a hook as int8 has changed, over the snapshot; None for other types.
+
+        Segments whose own FVU is undefined (a single row, say) do not count in it.
+        """
+        name, lost, worst = self.resolve_hook(hook), 0.0, 0.0
+        if self.hooks[name].dtype != "int8":
+            return None
+        for segment in self.segments:
+            found = segment.quantised(name)
+            lost += (found.fvu or 0.0) * float(segment.stats(name).m2.sum())
+            worst = max(worst, found.max_relative_error)
+        total = float(self.stats(name).m2.sum())
+        return Error(lost / total if total > 0 else None, worst)
+
     def vocab(self) -> list[bytes]:
         """The exact bytes of every token id."""
         path = self.store.path / layout.VOCAB_JSON
@@ -292,6 +309,13 @@ class Segment:
             raise DamagedError(
                 f"segment {self.id}, hook {hook}: statistics of {found.n:,} rows, it has {rows:,}"
             )
+        return found
+
+    def quantised(self, hook: str) -> Quantised:
+        """The error that the commit records of an int8 hook. DamagedError if it has none."""
+        found = self._find(hook)[1].int8
+        if found is None:
+            raise DamagedError(f"segment {self.id}, hook {hook}: not int8, as other segments")
         return found
 
     def _find(self, hook: str) -> tuple[Commit, CommittedHook]:

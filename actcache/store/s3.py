@@ -13,6 +13,7 @@ AWS_REGION, AWS_ENDPOINT_URL(_S3) and, for public buckets, AWS_SKIP_SIGNATURE=tr
 from __future__ import annotations
 
 import configparser
+import contextlib
 import os
 import re
 from functools import lru_cache
@@ -53,9 +54,15 @@ class S3(Objects):
         keys = [*found["common_prefixes"], *(o["path"] for o in found["objects"])]
         return sorted(str(key).rpartition("/")[2] for key in keys)
 
-    def below(self, prefix: str) -> list[Any]:
-        """All objects below a prefix, as the server describes them."""
-        return list(self.ask(prefix, lambda store: _obstore().list(store, prefix).collect()))
+    def described(self, key: str) -> list[tuple[int, float]]:
+        return [(int(o["size"]), o["last_modified"].timestamp()) for o in self._tree(key)]
+
+    def _tree(self, key: str) -> list[Any]:
+        """The object `key` and all objects below it, as the server describes them."""
+        found = self.ask(key, lambda store: _obstore().list(store, key).collect())
+        with contextlib.suppress(ObjectMissingError):
+            found.append(self.ask(key, lambda store: _obstore().head(store, key)))
+        return list(found)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -109,8 +116,9 @@ class S3(Objects):
 
     def remove(self, key: str) -> None:
         """Remove an object, and whatever lies below `key` as a folder."""
-        keys = [key, *(str(o["path"]) for o in self.below(key))]
-        self._write(key, lambda store: _obstore().delete(store, keys))
+        keys = [str(o["path"]) for o in self._tree(key)]
+        if keys:
+            self._write(key, lambda store: _obstore().delete(store, keys))
 
     def _write(self, key: str, act: Any, size: int = 0) -> None:
         try:

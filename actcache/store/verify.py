@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from actcache.store.canaries import canary_files, read_canary
-from actcache.store.errors import DamagedError, StoreError
+from actcache.store.canaries import named_canary_files, read_canary
+from actcache.store.errors import DamagedError, ObjectMissingError, StoreError
+from actcache.store.files import blocks, file_size
 from actcache.store.ids import bytes_digest, digest, store_digest
 from actcache.store.layout import STORE_JSON, VOCAB_JSON
+from actcache.store.places import Location, Remote, each, insist, relative
 from actcache.store.reader import Segment, Snapshot, Store
 from actcache.store.schema import StoredObject
-from actcache.store.untrusted import MAX_JSON_BYTES, open_file, read_file
+from actcache.store.untrusted import MAX_JSON_BYTES, read_file
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,25 @@ def verify(snapshot: Snapshot) -> Iterator[Check]:
     yield _check_vocab(snapshot)
     for segment in snapshot.segments:
         yield from _check_segment(segment)
-    for file in canary_files(snapshot.store.path):
+    for file in named_canary_files(snapshot):
         yield from _check_canary(snapshot.store, file)
 
 
-def _check_canary(store: Store, file: Path) -> Iterator[Check]:
+def _check_canary(store: Store, file: Location) -> Iterator[Check]:
     try:
         canary = read_canary(store, file)
     except StoreError as e:
-        yield Check(str(file.relative_to(store.path)), 0, str(e))
+        yield Check(relative(store.path, file), 0, str(e))
         return
     yield from _check_objects(store.path, canary.record.objects)
 
 
-def _check_objects(root: Path, objects: Iterable[StoredObject]) -> Iterator[Check]:
-    for stored in objects:
+def _check_objects(root: Location, objects: Iterable[StoredObject]) -> Iterator[Check]:
+    def check(stored: StoredObject) -> Check:
         problem = _problem(root, root / stored.key, stored.bytes, stored.sha256)
-        yield Check(stored.key, stored.bytes, problem)
+        return Check(stored.key, stored.bytes, problem)
+
+    yield from each(root, check, objects) if isinstance(root, Remote) else map(check, objects)
 
 
 def _check_identity(snapshot: Snapshot) -> Check:
@@ -58,13 +60,17 @@ def _check_identity(snapshot: Snapshot) -> Check:
     if (stream, store) != (found.token_stream_id, found.store_id):
         return Check(STORE_JSON, 0, "its ids do not follow from its fields")
     root = snapshot.store.path
-    try:
+
+    def act() -> int:
         data = read_file(root, root / STORE_JSON, MAX_JSON_BYTES)
+        if bytes_digest(data) != snapshot.record.identity_sha256:
+            raise DamagedError("bytes do not match the digest in the snapshot")
+        return len(data)
+
+    try:
+        return Check(STORE_JSON, insist(root, act))
     except DamagedError as e:
         return Check(STORE_JSON, 0, str(e))
-    same = bytes_digest(data) == snapshot.record.identity_sha256
-    problem = "" if same else "bytes do not match the digest in the snapshot"
-    return Check(STORE_JSON, len(data), problem)
 
 
 def _check_vocab(snapshot: Snapshot) -> Check:
@@ -94,17 +100,25 @@ def _check_segment(segment: Segment) -> Iterator[Check]:
         yield Check(f"tokens of {segment.id}", 0, "token table differs from the committed digest")
 
 
-def _problem(root: Path, path: Path, size: int, sha256: str) -> str:
+def _problem(root: Location, path: Location, size: int, sha256: str) -> str:
+    def act() -> None:
+        found = file_size(root, path)
+        if found != size:
+            raise DamagedError(f"has {found:,} bytes, expected {size:,}")
+        digest = hashlib.sha256()
+        for block in blocks(root, path):
+            digest.update(block)
+        if f"sha256:{digest.hexdigest()}" != sha256:
+            raise DamagedError("bytes do not match their digest")
+
     try:
-        with open_file(root, path) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                return f"has {found:,} bytes, expected {size:,}"
-            same = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" == sha256
-            return "" if same else "bytes do not match their digest"
+        insist(path, act)
+    except ObjectMissingError:
+        return "is missing"
     except DamagedError as e:
         return str(e)
     except FileNotFoundError:
         return "is missing"
     except OSError as e:
         return f"cannot be read: {e.strerror}"
+    return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 
 from actcache.store.errors import DamagedError
 from actcache.store.ids import canonical_json
@@ -15,7 +14,7 @@ def encode_vocab(tokens: list[bytes]) -> bytes:
     return canonical_json({"tokens": [base64.b64encode(t).decode() for t in tokens]})
 
 
-def decode_vocab(data: bytes, path: Path) -> list[bytes]:
+def decode_vocab(data: bytes, path: object) -> list[bytes]:
     """Inverse of `encode_vocab`. Raises DamagedError, naming `path`."""
     values = parse_json(data, path)
     tokens = values.get("tokens")

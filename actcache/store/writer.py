@@ -8,7 +8,6 @@ committed segment, or a folder that no commit names, which `collect` removes lat
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,10 @@ from actcache.store import layout
 from actcache.store.calibrations import find_calibration
 from actcache.store.encode import encode_acts, encode_group, encode_int8, encode_tokens
 from actcache.store.errors import DamagedError, IdentityError, StoreError
+from actcache.store.files import remove
 from actcache.store.ids import bytes_digest, diff, file_digest
 from actcache.store.int8 import Calibration, Int8Rows, store_rows
+from actcache.store.places import Location, Remote, each, place
 from actcache.store.publish import PARTIAL, publish
 from actcache.store.reader import commit_files, read_record, snapshot_numbers
 from actcache.store.schema import (
@@ -43,14 +44,17 @@ from actcache.store.untrusted import inside
 class StoreWriter:
     """A writer of a store. Others may write at the same time."""
 
-    def __init__(self, path: Path, identity: Identity, files: Mapping[str, bytes]) -> None:
+    def __init__(
+        self, path: str | Location, identity: Identity, files: Mapping[str, bytes]
+    ) -> None:
         """Create the store at `path`, or open it if it holds exactly this identity.
 
-        `files` are further root files (vocab.json); their digests are in `identity.files`.
+        `path` is a folder or s3://bucket/prefix. `files` are further root files (vocab.json); their
+        digests are in `identity.files`.
         Raises IdentityError with a field-by-field diff, StoreError if the folder holds something
         else or cannot be written.
         """
-        self.path = path.expanduser()
+        self.path = place(path)
         self._create(identity, files)
         for name in layout.FOLDERS:
             inside(self.path, self.path / name)
@@ -65,9 +69,9 @@ class StoreWriter:
 
     def refresh(self) -> None:
         """Learn of commits that other writers have made."""
-        for file in commit_files(self.path):
-            if file.name not in self._known:
-                self._add(read_record(Commit, self.path, file))
+        new = [file for file in commit_files(self.path) if file.name not in self._known]
+        for commit in each(self.path, lambda file: read_record(Commit, self.path, file), new):
+            self._add(commit)
 
     def _add(self, commit: Commit) -> None:
         if commit.file not in self._known:
@@ -85,7 +89,8 @@ class StoreWriter:
         if file.exists():
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if isinstance(self.path, Path):
+                self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise StoreError(f"store={self.path}: cannot write there: {e.strerror}") from e
         refuse_strangers(self.path)
@@ -173,7 +178,7 @@ class StoreWriter:
         try:
             publish(file, dump(commit))
         except FileExistsError:
-            shutil.rmtree(self.path / commit.folder)
+            remove(self.path / commit.folder)
             commit = read_record(Commit, self.path, file)
         self._add(commit)
         return commit
@@ -190,7 +195,7 @@ class StoreWriter:
 
     def snapshot(self, segments: Sequence[str]) -> SnapshotRecord:
         """Freeze the given segments, in this order, as the next snapshot; reuse an equal one."""
-        entries = tuple(self._entry(s) for s in segments)
+        entries = tuple(each(self.path, self._entry, segments))
         hooks = [{h.info.name for c in self.commits[s] for h in c.hooks} for s in segments]
         names = tuple(sorted(set.intersection(*hooks))) if hooks else ()
         while True:
@@ -233,10 +238,13 @@ def identity_diff(found: Identity, asked: Identity) -> list[str]:
     ]
 
 
-def refuse_strangers(path: Path) -> None:
+def refuse_strangers(path: Location) -> None:
     """StoreError if a folder without store.json holds anything but what a dead run left there."""
     ours = (layout.VOCAB_JSON, layout.STORE_JSON)
-    names = [p.name for p in path.iterdir()] if path.is_dir() else []
+    if isinstance(path, Remote):
+        names = path.names()
+    else:
+        names = [p.name for p in path.iterdir()] if path.is_dir() else []
     strangers = [n for n in names if n not in ours and not n.endswith(PARTIAL)]
     if strangers:
         raise StoreError(
@@ -246,7 +254,7 @@ def refuse_strangers(path: Path) -> None:
 
 
 def publish_group(
-    root: Path,
+    root: Location,
     folder: str,
     tokens: layout.TokenTable,
     acts: Sequence[tuple[HookInfo, NDArray[Any] | Int8Rows]],
@@ -274,7 +282,7 @@ def publish_group(
     return objects
 
 
-def _publish_once(path: Path, data: bytes) -> None:
+def _publish_once(path: Location, data: bytes) -> None:
     """Publish, or leave what another writer has published under the name."""
     try:
         publish(path, data)
