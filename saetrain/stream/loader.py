@@ -1,0 +1,235 @@
+"""From shard files into shuffled windows: the hot path of the stream.
+
+A chunk is read into a small scratch buffer of the reading thread, which stays in the processor's
+cache; its checksum is taken there, and its eligible rows are copied straight to their shuffled
+places in a preallocated window. So a byte crosses main memory once on its way, as it would when
+reading without shuffling. Windows are reused as soon as no batch refers to them any more.
+
+Cost: two windows of memory, three for a moment while a batch of the last one is still held; one
+scratch chunk a thread. Threads, not processes: reading, checksums and copies release the GIL.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actcache.store import DamagedError, Segment
+from actcache.store.int8_reader import Int8Reader
+from actcache.store.shard import ShardReader
+from saetrain.stream.order import Window
+from saetrain.stream.rows import EligibleRows
+
+_OPEN_SHARDS = 512  # readers kept with their shard index
+_SPARE = 3  # window buffers kept for reuse
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the rows of a window come from, in the order in which they are handed out."""
+
+    window: Window
+    at: NDArray[np.int64]  # (n,) place in the window of each of this rank's rows, ascending
+    segment: NDArray[np.int32]  # (n,) index into the segments
+    row: NDArray[np.int32]  # (n,) in the segment
+    units: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]  # segment, rows, destinations
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def between(self, first: int, end: int) -> slice:
+        """This rank's rows among rows [first, end) of the epoch."""
+        start = self.window.first
+        lo, hi = np.searchsorted(self.at, [first - start, end - start])
+        return slice(int(lo), int(hi))
+
+
+def places(window: Window, eligible: EligibleRows, rank: int, world: int) -> Places:
+    """The plan of one window. A unit belongs to one rank, so every byte is read once in all."""
+    found = [eligible.rows(int(u)) for u in window.units]
+    sizes = np.array([len(rows) for _, rows in found])
+    order = window.order()
+    to = np.empty(len(order), dtype=np.int64)
+    to[order] = np.arange(len(order))
+    at = order  # only its length matters below for one rank
+    if world == 1:
+        at = np.arange(len(order))
+    else:
+        mine = (np.repeat(np.arange(len(sizes)), sizes) % world == rank)[order]
+        at = np.flatnonzero(mine)
+        to = (np.cumsum(mine) - 1)[to]
+    ends = np.cumsum(sizes)
+    segment = np.repeat(np.array([s for s, _ in found], dtype=np.int32), sizes)
+    row = np.concatenate([rows for _, rows in found]).astype(np.int32)
+    units = [
+        (s, rows, to[end - len(rows) : end])
+        for i, ((s, rows), end) in enumerate(zip(found, ends.tolist(), strict=True))
+        if i % world == rank
+    ]
+    chosen = order if world == 1 else order[at]
+    return Places(window, at, segment[chosen], row[chosen], units)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Rows of a window, shuffled, in storage type."""
+
+    places: Places
+    acts: dict[str, Tensor]  # hook -> (n, d); int8 codes where there are scales
+    scales: dict[str, Tensor]  # hook -> (n, 1) float32, of hooks stored as int8
+
+
+class Loader:
+    """Fills windows. `load` may run in a thread of its own while earlier windows are in use."""
+
+    def __init__(
+        self, segments: Sequence[Segment], hooks: Sequence[str], *, threads: int, pin: bool
+    ) -> None:
+        """`pin`: window buffers in page-locked memory, for copies to a GPU."""
+        self._segments, self._hooks, self._threads = segments, tuple(hooks), threads
+        self._ring = _Ring(pin)
+        self._pool = ThreadPoolExecutor(threads, "read")
+        self._scratch = threading.local()
+        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self.bytes_read = 0
+
+    def close(self) -> None:
+        """Stop the reading threads; errors of unread windows are dropped with them."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def load(self, plan: Places) -> Loaded:
+        """Read the rows. Raises DamagedError naming segment, hook and chunk."""
+        acts, scales = dict[str, Tensor](), dict[str, Tensor]()
+        targets: list[tuple[str, int, NDArray[Any]]] = []
+        for hook in self._hooks:
+            for part, reader in enumerate(self._reader(0, hook)):
+                key = hook if part == 0 else f"{hook} scales"
+                rows = self._ring.rows(key, (len(plan), reader.d), reader.dtype)
+                (scales if part else acts)[hook] = _tensor(rows)
+                targets.append((hook, part, _wide(rows)))
+        self._in_threads(lambda unit: self._fill(unit, targets), plan.units)
+        return Loaded(plan, acts, scales)
+
+    def _open(self, segment: int, hook: str) -> tuple[ShardReader, ...]:
+        """The shards that hold a hook's rows: one, or codes and scales."""
+        reader = self._segments[segment].acts(hook)
+        if not isinstance(reader, Int8Reader):
+            return (reader,)
+        first = self._segments[0].acts(hook)
+        assert isinstance(first, Int8Reader)
+        if reader.calibration.digest != first.calibration.digest:
+            raise DamagedError(
+                f"{reader.what}: its int8 calibration differs from that of the first segment"
+            )
+        return reader.codes, reader.scales
+
+    def _in_threads(self, do: Callable[[Any], None], work: Sequence[Any]) -> None:
+        """`do` every item; each thread takes the next one that is left."""
+        ticket = itertools.count()
+
+        def some() -> None:
+            while (i := next(ticket)) < len(work):
+                do(work[i])
+
+        for future in [self._pool.submit(some) for _ in range(min(self._threads, len(work)))]:
+            future.result()
+
+    def _fill(
+        self,
+        unit: tuple[int, NDArray[np.int64], NDArray[np.int64]],
+        targets: Sequence[tuple[str, int, NDArray[Any]]],
+    ) -> None:
+        s, rows, to = unit
+        for hook, part, window in targets:
+            reader = self._reader(s, hook)[part]
+            for lo, hi, chunk in _runs(rows, reader.chunk_rows):
+                some = self._chunk(reader, chunk, rows[lo:hi])
+                window[to[lo:hi]] = some
+
+    def _chunk(self, reader: ShardReader, chunk: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Chosen rows of an inner chunk in this thread's scratch memory, as in `_wide`."""
+        block = _wide(reader.read_into(chunk, self._buffer("chunk", reader.chunk_bytes + 8)))
+        self.bytes_read += reader.chunk_bytes
+        if len(rows) == len(block):
+            return block
+        rows = rows - chunk * reader.chunk_rows
+        size = len(rows) * block[0].nbytes
+        few = self._buffer("rows", size)[:size].view(block.dtype).reshape(len(rows), -1)
+        # clip: the numbers are in range, and only this mode writes without a copy
+        return np.take(block, rows, 0, few, mode="clip")
+
+    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        """Scratch memory of this thread, aligned to 8 bytes."""
+        have: NDArray[np.uint8] | None = getattr(self._scratch, name, None)
+        if have is None or len(have) < size:
+            have = np.empty(size, dtype=np.uint8)
+            setattr(self._scratch, name, have)
+        return have
+
+
+def _runs(rows: NDArray[np.int64], chunk_rows: int) -> list[tuple[int, int, int]]:
+    """(first, end, chunk) of each run of ascending `rows` that lies in one chunk."""
+    first, last = int(rows[0]) // chunk_rows, int(rows[-1]) // chunk_rows
+    if first == last:
+        return [(0, len(rows), first)]
+    chunks = np.arange(first, last + 2)
+    cuts = np.searchsorted(rows, chunks * chunk_rows).tolist()
+    runs = zip(cuts[:-1], cuts[1:], chunks.tolist(), strict=False)
+    return [(lo, hi, chunk) for lo, hi, chunk in runs if hi > lo]
+
+
+class _Ring:
+    """Window buffers by hook, handed out again once nobody refers to their memory."""
+
+    def __init__(self, pin: bool) -> None:
+        self._pin = pin
+        self._buffers: dict[str, list[NDArray[np.uint8]]] = {}
+
+    def rows(self, hook: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        size = shape[0] * shape[1] * dtype.itemsize
+        buffers = self._buffers.setdefault(hook, [])
+        for i in range(len(buffers)):
+            if _unused(buffers, i) and len(buffers[i]) >= size:
+                return buffers[i][:size].view(dtype).reshape(shape)
+        # Too small or in use: the list gives up what is free, users keep what they hold.
+        buffers[:] = [b for i, b in enumerate(buffers) if not _unused(buffers, i)][-_SPARE + 1 :]
+        buffers.append(self._new(size + size // 8))
+        return buffers[-1][:size].view(dtype).reshape(shape)
+
+    def _new(self, size: int) -> NDArray[np.uint8]:
+        fresh: NDArray[np.uint8]
+        if self._pin:
+            fresh = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        else:
+            fresh = np.empty(size, dtype=np.uint8)
+        return fresh
+
+
+def _unused(buffers: list[NDArray[np.uint8]], i: int) -> bool:
+    """Whether the list holds the only reference: slices of tensors keep their array alive."""
+    return sys.getrefcount(buffers[i]) <= 2  # the list's, and the argument of this call
+
+
+def _wide(rows: NDArray[Any]) -> NDArray[Any]:
+    """The same memory in the widest words that a row consists of: copies run faster."""
+    row_bytes = rows.shape[1] * rows.itemsize
+    word = next(w for w in (8, 4, 2, 1) if row_bytes % w == 0)
+    return rows.view(np.uint8).reshape(len(rows), row_bytes).view(f"u{word}")
+
+
+def _tensor(x: NDArray[Any]) -> Tensor:
+    """Rows as a tensor on the same memory, bfloat16 included."""
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)

@@ -1,0 +1,129 @@
+"""κ: how many other tokens of its context share a batch with a token, on average.
+
+Tokens of one context have similar gradients; with correlation ρ between them the variance of a
+batch's gradient grows by 1 + κρ, as if the batch were that much smaller. A shuffle of all rows has
+κ = (B - 1)(T - 1)/(N - 1). Here κ is measured on the batches of an order without reading an
+activation, and predicted from the layout, exactly up to batches that span two windows:
+
+    κ = (T-1) (B-1)/(W-1) [p + (1 - p) q]    p  two tokens of a context lie in one unit
+                                             q  two units lie in one window: (U-1)/(M-1)
+
+Symbols: B batch, T tokens of a context, W rows of a window, U units of a window, M units, S rows of
+a segment, c rows of a unit. Permuted segments have p = (c-1)/(S-1); in contiguous ones p follows
+from where the borders of units cut contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saetrain.stream.stream import Stream
+
+HIGH = 1.0  # κ above this is worth a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """What `measure` found."""
+
+    kappa: float  # over the batches looked at
+    error: float  # its standard error, from the spread between batches
+    predicted: float  # by the formula
+    ideal: float  # of a shuffle of all rows
+    documents: float  # distinct documents per batch
+    batches: int
+
+    def __str__(self) -> str:
+        return (
+            f"mixing: κ = {self.kappa:.3g} (formula {self.predicted:.3g}, perfect shuffle "
+            f"{self.ideal:.3g}), {self.documents:,.0f} documents in a batch"
+        )
+
+
+def measure(stream: Stream, batches: int = 8) -> Mixing:
+    """κ of the first `batches` batches of epoch 0. Reads token tables, no activations."""
+    found = [_pairs(*ids) for ids in islice(_batches(stream), batches)]
+    others = np.array([p for p, _, _ in found])
+    documents = [d for _, d, _ in found]
+    sem = float(others.std(ddof=1) / np.sqrt(len(others))) if len(others) > 1 else float("inf")
+    context = stream.snapshot.context
+    rows = stream.n_rows
+    return Mixing(
+        kappa=float(others.mean()),
+        error=sem,
+        predicted=predict(stream),
+        ideal=(stream.batch_tokens - 1) * (context - 1) / max(1, rows - 1),
+        documents=float(np.mean(documents)),
+        batches=len(found),
+    )
+
+
+def advice(found: Mixing, stream: Stream) -> str | None:
+    """What to set if κ is high; None if it is not."""
+    if found.kappa <= HIGH or found.kappa <= 1.5 * found.ideal:
+        return None
+    factor = found.kappa / HIGH
+    wanted = 1 << int(np.ceil(np.log2(stream.window_rows * factor)))
+    return (
+        f"batches hold about {found.kappa:.1f} other tokens of each token's context, a perfect "
+        f"shuffle {found.ideal:.2g}: gradients are noisier than the batch size suggests. "
+        f"window_rows={wanted:,} would bring it to about {HIGH:g}"
+        + ("" if stream.run_chunks == 1 else ", or use run_chunks=1")
+    )
+
+
+def _batches(stream: Stream) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
+    """(context, document) of the rows of each global batch, in order."""
+    contexts, documents = np.empty(0, np.int64), np.empty(0, np.uint64)
+    for window in stream.windows(0):
+        places = stream.places(window)
+        table = stream.table_of(places.segment, places.row)
+        ids = places.segment.astype(np.int64) << 32 | table.ctx
+        contexts = np.concatenate([contexts, ids])
+        documents = np.concatenate([documents, table.doc])
+        while len(contexts) >= stream.batch_tokens:
+            b = stream.batch_tokens
+            yield contexts[:b], documents[:b]
+            contexts, documents = contexts[b:], documents[b:]
+
+
+def _pairs(context: NDArray[np.int64], document: NDArray[np.uint64]) -> tuple[float, int, int]:
+    """Mean number of other rows of the same context, distinct documents, rows."""
+    counts = np.unique(context, return_counts=True)[1]
+    return (
+        float((counts * (counts - 1)).sum() / len(context)),
+        len(np.unique(document)),
+        len(context),
+    )
+
+
+def predict(stream: Stream) -> float:
+    """κ by the formula above, for the rows that the stream's filter keeps."""
+    layout = stream.snapshot.store.identity.layout
+    sizes = np.array([s.n_rows for s in stream.snapshot.segments])
+    kept = stream.n_rows / max(1, int(sizes.sum()))
+    units = len(stream.eligible)
+    unit_rows = sizes.sum() / units
+    per_window = min(units, -(-stream.window_rows // max(1e-9, unit_rows * kept)))
+    window = min(stream.n_rows, per_window * unit_rows * kept)
+    if layout.order == "permuted":
+        same_unit = float(np.mean((unit_rows - 1) / np.maximum(1, sizes - 1)))
+    else:
+        same_unit = _same_unit(int(sizes.max()), layout.context, round(unit_rows))
+    same_window = same_unit + (1 - same_unit) * (per_window - 1) / max(1, units - 1)
+    tokens = layout.context * kept
+    return float((tokens - 1) * (stream.batch_tokens - 1) / max(1, window - 1) * same_window)
+
+
+def _same_unit(rows: int, context: int, unit: int) -> float:
+    """Share of pairs of tokens of a context that lie in one unit, contexts stored contiguously."""
+    row = np.arange(rows)
+    pieces = np.unique((row // context) * rows + row // unit, return_counts=True)[1]
+    whole = np.unique(row // context, return_counts=True)[1]
+    pairs = (whole * (whole - 1)).sum()
+    return float((pieces * (pieces - 1)).sum() / pairs) if pairs else 0.0

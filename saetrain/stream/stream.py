@@ -1,0 +1,346 @@
+"""Shuffled batches of activations from a snapshot, in bounded memory, the same on every machine.
+
+The rows of an epoch form one fixed sequence (see `order`), a function of (snapshot, filter, seed,
+epoch); batch `step` is a slice of it, whoever reads it: a stream stopped anywhere resumes by
+arithmetic, and 1, 2 or 8 ranks share equal global batches. While one window is handed out, the next
+is read and shuffled by threads (see `loader`). A batch is a slice of its window, without a copy
+where type and device are those of the store.
+
+Ranks: each unit of a window belongs to one rank, so every byte is read once in all. A rank's share
+of a batch has about B / world rows; shares differ by chance (± a few per cent) and add up to B.
+
+Cost: two windows of rows in memory, whatever the size of the store. Rows left over at the end of
+an epoch (fewer than B) are dropped; they are others in the next epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actcache.store import Snapshot, TokenTable
+from actcache.store.int8_reader import Int8Reader
+from actcache.store.layout import Modality
+from saetrain.errors import ConfigError
+from saetrain.saes.base import HookSpace
+from saetrain.stream.batch import Batch
+from saetrain.stream.device import Stored, to_device
+from saetrain.stream.loader import Loaded, Loader, Places, places
+from saetrain.stream.order import Window, windows
+from saetrain.stream.rows import EligibleRows, RowFilter, Split
+
+T = TypeVar("T")
+R = TypeVar("R")
+_TABLES = 16  # token tables kept
+_MOST_ROWS = 1 << 23  # of a window: the next unit must still fit below 2**24
+
+
+@dataclass
+class Traffic:
+    """What a stream has done since it was made. GB are 1e9 bytes."""
+
+    bytes: int = 0  # of chunks read
+    rows: int = 0  # handed out
+    waited: float = 0.0  # seconds that the consumer waited for a window
+    seconds: float = 0.0  # since the first batch was asked for
+
+    def to_json(self) -> dict[str, float]:
+        """Rates, and the share of time that training waited."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "gb_per_s": self.bytes / seconds / 1e9,
+            "rows_per_s": self.rows / seconds,
+            "wait_share": self.waited / seconds,
+        }
+
+
+class Stream:
+    """Iterate to get shuffled batches without end; `one_pass` reads every row once, in order."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        hooks: Sequence[str],
+        *,
+        batch_tokens: int = 4096,
+        seed: int = 0,
+        split: Split = "train",
+        held_out_fraction: float = 0.05,
+        skip_special: bool = True,
+        modality: Modality = "all",
+        roles: Sequence[str] | None = None,
+        window_rows: int = 65_536,
+        run_chunks: int = 1,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        threads: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Reads flags and document keys to count eligible rows; no activations yet.
+
+        `batch_tokens` is the global batch; `rank` of `world` gets its share of it. `run_chunks`
+        neighbouring chunks are read at once: more is faster on slow disks and mixes less.
+        `shuffle=False` keeps units in stored order and shuffles within windows only, as a live
+        source has to. Raises HookMissingError for a hook the store has not, ConfigError for
+        numbers that cannot work.
+        """
+        self.snapshot = snapshot
+        self.hooks = tuple(snapshot.resolve_hook(h) for h in hooks)
+        self.batch_tokens, self.seed, self.shuffle = batch_tokens, seed, shuffle
+        self.window_rows, self.run_chunks = window_rows, run_chunks
+        self.rank, self.world, self.threads = rank, world, threads or min(4, os.cpu_count() or 1)
+        self.dtype, self.device = dtype, torch.device(device)
+        self._check()
+        self.filter = RowFilter(
+            split=split,
+            held_out_fraction=held_out_fraction,
+            skip_special=skip_special,
+            modality=modality,
+            roles=None if roles is None else tuple(roles),
+        )
+        unit_rows = [
+            run_chunks * max(s.hooks[h].chunk_rows for h in self.hooks) for s in snapshot.segments
+        ]
+        self.eligible = EligibleRows(snapshot.segments, unit_rows, self.filter, self.threads)
+        self.n_rows = self.eligible.n_rows
+        self.batches_per_epoch = self.n_rows // batch_tokens
+        self.epoch, self.step_in_epoch = 0, 0
+        self.traffic = Traffic()
+        self._table = lru_cache(maxsize=_TABLES)(lambda s: snapshot.segments[s].tokens())
+        self._calibration = lru_cache(maxsize=None)(self._calibration_of)
+
+    def _check(self) -> None:
+        for name in ("batch_tokens", "window_rows", "run_chunks", "world", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank: expected 0 <= rank < world={self.world}, got {self.rank}")
+        if self.window_rows > _MOST_ROWS:
+            raise ConfigError(
+                f"window_rows={self.window_rows:,}: expected at most {_MOST_ROWS:,} rows"
+            )
+        if not self.hooks:
+            raise ConfigError("hooks is empty: name at least one hook of the store")
+
+    # -- what the stream knows ---------------------------------------------------------------------
+
+    def space(self, hook: str) -> HookSpace:
+        """Width and statistics of a hook, from the store's commits."""
+        stats = self.snapshot.stats(hook)
+        return HookSpace(
+            name=hook,
+            d=len(stats.mean),
+            mean=torch.from_numpy(stats.mean.astype(np.float32)),
+            mean_norm=stats.mean_norm,
+            variance=stats.variance,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few integers and names; enough to continue with exactly the next batch.
+
+        `world` is not among them: another number of ranks continues with the same global batches.
+        """
+        return {
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "store_id": self.snapshot.store_id,
+            "snapshot": self.snapshot.name,
+            "seed": self.seed,
+            "batch_tokens": self.batch_tokens,
+            "window_rows": self.window_rows,
+            "run_chunks": self.run_chunks,
+            "shuffle": self.shuffle,
+            "filter": self.filter.to_json(),
+            "n_rows": self.n_rows,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken. ConfigError if this stream would give other batches."""
+        mine = self.state_dict()
+        place = ("epoch", "step_in_epoch")
+        wrong = [
+            f"{k}: {state.get(k)} then, {v} now"
+            for k, v in mine.items()
+            if k not in place and state.get(k) != v
+        ]
+        if wrong:
+            raise ConfigError(f"cannot resume the stream, it changed: {'; '.join(wrong)}")
+        self.epoch, self.step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Shuffled batches from the current state on, epoch after epoch, without end."""
+        if self.batches_per_epoch == 0:
+            raise ConfigError(
+                f"batch_tokens={self.batch_tokens:,} is more than the {self.n_rows:,} rows of the "
+                f"{self.filter.split} split; lower batch_tokens or cache more tokens"
+            )
+        for batch in to_device(self._endless(), self.device, self._decode):
+            self.epoch, self.step_in_epoch = divmod(batch.step + 1, self.batches_per_epoch)
+            yield batch
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Every eligible row once, in stored order; the last batch may be short."""
+        plan = windows(
+            self.eligible.counts,
+            window_rows=self.window_rows,
+            key="",
+            shuffle_units=False,
+            shuffle_rows=False,
+        )
+        batches = self._batches(((0, w) for w in plan), 0, self.n_rows)
+        yield from to_device(batches, self.device, self._decode)
+
+    def _endless(self) -> Iterator[tuple[Batch, Stored]]:
+        rows = self.batches_per_epoch * self.batch_tokens
+        return self._batches(self._all_windows(rows), self.step_in_epoch, rows)
+
+    def _all_windows(self, rows: int) -> Iterator[tuple[int, Window]]:
+        """(epoch, window) from the state on; windows beyond `rows` of an epoch are left out."""
+        epoch, step = self.epoch, self.step_in_epoch
+        while True:
+            yield from ((epoch, w) for w in self.windows(epoch, step) if w.first < rows)
+            epoch, step = epoch + 1, 0
+
+    def windows(self, epoch: int, step: int = 0) -> Iterator[Window]:
+        """The windows of an epoch, from the one that holds the first row of batch `step`."""
+        return windows(
+            self.eligible.counts,
+            window_rows=self.window_rows,
+            key=f"{self.seed}/{epoch}",
+            shuffle_units=self.shuffle,
+            skip_rows=step * self.batch_tokens,
+        )
+
+    def _batches(
+        self, plan: Iterator[tuple[int, Window]], step: int, rows: int
+    ) -> Iterator[tuple[Batch, Stored]]:
+        """Batches from `step` on of epochs that have `rows` rows each."""
+        held: list[Loaded] = []
+        first, now = step * self.batch_tokens, -1
+        for epoch, loaded in self._loaded(plan):
+            if epoch != now and now >= 0:
+                held, first, step = [], 0, 0
+            now = epoch
+            held.append(loaded)
+            known = _end(loaded.places.window)
+            while first < rows and min(first + self.batch_tokens, rows) <= known:
+                last = min(first + self.batch_tokens, rows)
+                yield self._batch(held, first, last, epoch, epoch * self.batches_per_epoch + step)
+                first, step = last, step + 1
+                held = [h for h in held if _end(h.places.window) > first]
+            del loaded
+
+    def _batch(
+        self, held: Sequence[Loaded], first: int, last: int, epoch: int, step: int
+    ) -> tuple[Batch, Stored]:
+        cuts = [(h, h.places.between(first, last)) for h in held]
+        cuts = [(h, c) for h, c in cuts if c.stop > c.start] or cuts[:1]
+        stored = {hook: _parts(hook, cuts) for hook in self.hooks}
+        segment = _joined([h.places.segment[c] for h, c in cuts])
+        row = _joined([h.places.row[c] for h, c in cuts])
+        self.traffic.rows += len(segment)
+        return Batch({}, lambda: self.table_of(segment, row), segment, epoch, step), stored
+
+    def _decode(self, hook: str, parts: tuple[Tensor, ...]) -> Tensor:
+        """(n, d) in the type asked for, on the device of `parts`."""
+        if len(parts) == 1:
+            return parts[0].to(self.dtype)
+        codes, scale = parts
+        mean, std = self._calibration(hook)
+        return codes.to(torch.float32).mul_(scale).mul_(std).add_(mean).to(self.dtype)
+
+    def _calibration_of(self, hook: str) -> tuple[Tensor, Tensor]:
+        """Mean and std (d,) that decode a hook stored as int8, on the device."""
+        reader = self.snapshot.segments[0].acts(hook)
+        assert isinstance(reader, Int8Reader)
+        mean, std = reader.mean.copy(), reader.std.copy()
+        return torch.from_numpy(mean).to(self.device), torch.from_numpy(std).to(self.device)
+
+    def table_of(self, segment: NDArray[np.int32], row: NDArray[np.int32]) -> TokenTable:
+        """The token table of rows given as (segment, row in it)."""
+        parts = {int(s): np.flatnonzero(segment == s) for s in np.unique(segment)}
+        if not parts:
+            return self._table(0).take(slice(0, 0))
+        tables = [self._table(s).take(row[at].astype(np.int64)) for s, at in parts.items()]
+        back = np.argsort(np.concatenate(list(parts.values())), kind="stable")
+        columns = zip(*(vars(t).values() for t in tables), strict=True)
+        return TokenTable(*(np.concatenate(c)[back] for c in columns))
+
+    # -- windows, read ahead -----------------------------------------------------------------------
+
+    def places(self, window: Window) -> Places:
+        """Where this rank's rows of a window come from."""
+        return places(window, self.eligible, self.rank, self.world)
+
+    def _loaded(self, plan: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Loaded]]:
+        """Windows in order; the next one is read while one is in use."""
+        pin = self.device.type == "cuda"
+        loader = Loader(self.snapshot.segments, self.hooks, threads=self.threads, pin=pin)
+        begun, before = time.perf_counter(), (self.traffic.seconds, self.traffic.bytes)
+        with ThreadPoolExecutor(2, "window") as ahead:
+            try:
+                # The plan of a window is made while the one before it is read.
+                epoch, planned = self._plan(ahead, plan)
+                reading = _submit(ahead, loader.load, _result(planned))
+                while reading is not None:
+                    following, planned = self._plan(ahead, plan)
+                    asked = time.perf_counter()
+                    loaded = reading.result()
+                    self.traffic.waited += time.perf_counter() - asked
+                    self.traffic.seconds = before[0] + time.perf_counter() - begun
+                    self.traffic.bytes = before[1] + loader.bytes_read
+                    reading = _submit(ahead, loader.load, _result(planned))
+                    yield epoch, loaded
+                    del loaded
+                    epoch = following
+            finally:
+                ahead.shutdown(wait=True, cancel_futures=True)
+                loader.close()
+
+    def _plan(
+        self, ahead: ThreadPoolExecutor, plan: Iterator[tuple[int, Window]]
+    ) -> tuple[int, Future[Places] | None]:
+        epoch, window = next(plan, (-1, None))
+        return epoch, _submit(ahead, self.places, window)
+
+
+def _submit(pool: ThreadPoolExecutor, do: Callable[[T], R], work: T | None) -> Future[R] | None:
+    return None if work is None else pool.submit(do, work)
+
+
+def _result(future: Future[T] | None) -> T | None:
+    return None if future is None else future.result()
+
+
+def _end(window: Window) -> int:
+    return window.first + window.n_rows
+
+
+def _parts(hook: str, cuts: Sequence[tuple[Loaded, slice]]) -> tuple[Tensor, ...]:
+    """Stored rows of a batch: activations, and scales where they are int8 codes."""
+    rows = _cat([h.acts[hook][c] for h, c in cuts])
+    if hook not in cuts[0][0].scales:
+        return (rows,)
+    return rows, _cat([h.scales[hook][c] for h, c in cuts])
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

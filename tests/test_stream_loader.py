@@ -1,0 +1,97 @@
+"""The hot path against zarr-python, memory that is used again, filters, int8, ranges of types."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from stores import make_store
+
+import actcache.store  # noqa: F401  (registers bfloat16)
+from saetrain.stream import Stream
+from saetrain.stream import loader as loading
+
+EVERYTHING = {"split": "all", "skip_special": False}
+
+
+def by_zarr(snapshot, hook):
+    """{(segment, row): values} as zarr-python reads them."""
+    found = []
+    for segment in snapshot.segments:
+        array = zarr.open_array(segment.path / "acts" / hook, mode="r")
+        found.append(np.asarray(array[:]).astype(np.float32))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("d", [3, 16])
+def test_batches_hold_what_zarr_python_reads(tmp_path, dtype, d):
+    store = make_store(tmp_path / "s", hooks={"resid.2": d}, dtype=dtype, chunk_bytes=700)
+    snapshot = store.snapshot()
+    truth = by_zarr(snapshot, "resid.2")
+    stream = Stream(snapshot, ["resid.2"], batch_tokens=50, window_rows=170, **EVERYTHING)
+    rows_of = [
+        {(c, p): i for i, (c, p) in enumerate(zip(t.ctx.tolist(), t.pos.tolist(), strict=True))}
+        for t in (s.tokens() for s in snapshot.segments)
+    ]
+    for batch in islice(stream, 30):
+        t = batch.tokens
+        for i, s in enumerate(batch.segment.tolist()):
+            row = rows_of[s][int(t.ctx[i]), int(t.pos[i])]
+            assert np.array_equal(batch.acts["resid.2"][i].numpy(), truth[s][row])
+
+
+def test_batches_that_are_kept_stay_what_they_were(tmp_path):
+    """Windows lie in memory that is used again, but never while a batch refers to it."""
+    snapshot = make_store(tmp_path / "s", dtype="float32").snapshot()
+
+    def fresh():
+        return Stream(snapshot, ["resid.2"], batch_tokens=64, window_rows=128, **EVERYTHING)
+
+    copies = [b.acts["resid.2"].clone() for b in islice(fresh(), 60)]
+    kept = [b.acts["resid.2"] for b in islice(fresh(), 60)]
+    assert all(torch.equal(a, b) for a, b in zip(copies, kept, strict=True))
+
+
+def test_memory_is_used_again(tmp_path, monkeypatch):
+    made = []
+    new = loading._Ring._new
+    monkeypatch.setattr(loading._Ring, "_new", lambda ring, n: made.append(n) or new(ring, n))
+    snapshot = make_store(tmp_path / "s", dtype="float32", segments=(2048,) * 4).snapshot()
+    stream = Stream(snapshot, ["resid.2"], batch_tokens=64, window_rows=512, **EVERYTHING)
+    for batch in islice(stream, 400):  # 50 windows
+        assert batch.acts["resid.2"].shape == (64, 16)
+    assert len(made) <= 4
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_change_nothing(tmp_path, threads):
+    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 16, "mlp.0": 40}).snapshot()
+    hooks = ["resid.2", "mlp.0"]
+    one = Stream(snapshot, hooks, batch_tokens=64, threads=1, window_rows=300)
+    other = Stream(snapshot, hooks, batch_tokens=64, threads=threads, window_rows=300)
+    for a, b in islice(zip(one, other, strict=False), 40):
+        assert all(torch.equal(a.acts[h], b.acts[h]) for h in hooks)
+        assert np.array_equal(a.segment, b.segment)
+
+
+def test_stored_type_comes_without_a_copy_and_others_converted(tmp_path):
+    snapshot = make_store(tmp_path / "s").snapshot()
+    same = next(iter(Stream(snapshot, ["resid.2"], batch_tokens=32, dtype=torch.bfloat16)))
+    wide = next(iter(Stream(snapshot, ["resid.2"], batch_tokens=32, dtype=torch.float64)))
+    assert torch.equal(same.acts["resid.2"].double(), wide.acts["resid.2"])
+    assert same.acts["resid.2"].untyped_storage().nbytes() > 32 * 16 * 2  # a slice of its window
+
+
+def test_traffic_counts_what_was_read(tmp_path):
+    snapshot = make_store(tmp_path / "s", dtype="float32").snapshot()
+    stream = Stream(snapshot, ["resid.2"], batch_tokens=64, window_rows=256, **EVERYTHING)
+    n = stream.batches_per_epoch
+    for _ in islice(stream, n):
+        pass
+    assert stream.traffic.rows == n * 64
+    assert stream.traffic.bytes >= n * 64 * 16 * 4
+    shown = stream.traffic.to_json()
+    assert 0 <= shown["wait_share"] <= 1
+    assert shown["gb_per_s"] > 0
