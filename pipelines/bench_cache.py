@@ -230,20 +230,21 @@ class Bench:
         return ratios(found, rate)
 
     def against_saelens(
-        self, ours: Worker, say: Say
+        self, ours: Worker, model_class: str, say: Say
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Ratios of tokens a second, and of bytes on disk."""
+        """Ratios of tokens a second, and of bytes on disk.
+
+        `model_class` is SAELens' word for what runs the host: its default is HookedTransformer.
+        """
         file = self.folder / "ids.npy"
         np.save(file, self.ids)
-        skeleton = self.host.skeleton()
-        module = resolve(self.one, None, skeleton)[0].module
-        prefix = getattr(skeleton, "base_model_prefix", "")
         question = {
             "do": "cache",
             "host": self.host.settings.model,
+            "model_class": model_class,
             "ids": str(file),
             "out": str(self.folder / "saelens"),
-            "hook": f"{prefix}.{module}".removeprefix("."),
+            "hook": self._hook_of(model_class),
             "d": self.scale.d,
             "tokens": self.scale.tokens,
             "context": self.scale.context,
@@ -260,6 +261,14 @@ class Bench:
         if len({(a["tokens"], a["ids"]) for answers in found.values() for a in answers}) != 1:
             raise RuntimeError("SAELens cached other tokens than ours: nothing to compare")
         return ratios(found, rate), ratios(found, lambda a: a["bytes"])
+
+    def _hook_of(self, model_class: str) -> str:
+        """The one hook, as SAELens names it for that class."""
+        if model_class == "HookedTransformer":
+            return f"blocks.{self.scale.hook.removeprefix('resid.')}.hook_resid_post"
+        skeleton = self.host.skeleton()
+        module = resolve(self.one, None, skeleton)[0].module
+        return f"{getattr(skeleton, 'base_model_prefix', '')}.{module}".removeprefix(".")
 
     # -- memory -----------------------------------------------------------------------------------
 
@@ -322,7 +331,7 @@ def measures(bench: Bench, say: Say) -> list[Measure]:
     fast: dict[str, Any] = {"better": "higher", "unit": "x tokens/s"}
     small: dict[str, Any] = {"goal": 1.0, "better": "lower"}
     speed: dict[str, Any] = {"skipped": why_absent("sae-lens")}
-    size = speed
+    size = on_hf = speed
     with bench.worker() as ours:
         with bench.worker() as bare:
             say(f"ours / bare, {bench.scale.hook}: tokens a second")
@@ -331,8 +340,10 @@ def measures(bench: Bench, say: Say) -> list[Measure]:
             every = bench.against_bare(ours, bare, bench.all, say)
         if speed["skipped"] is None:
             say(f"ours / SAELens, {bench.scale.hook}: tokens a second")
-            faster, smaller = bench.against_saelens(ours, say)
+            faster, smaller = bench.against_saelens(ours, "HookedTransformer", say)
             speed, size = {"ratios": faster}, {"ratios": smaller}
+            say(f"ours / SAELens on the same transformers model, {bench.scale.hook}")
+            on_hf = {"ratios": bench.against_saelens(ours, "AutoModelForCausalLM", say)[0]}
     memory: dict[str, Any] = {"skipped": "this system has no /proc to read peak memory from"}
     if Path("/proc/self/clear_refs").exists():
         say("peak memory / plan, all hooks: bytes")
@@ -341,6 +352,7 @@ def measures(bench: Bench, say: Say) -> list[Measure]:
         Measure(name="vs_bare_forward_1_hook", goal=0.97, ratios=one, **fast),
         Measure(name="vs_bare_forward_all_hooks", goal=0.90, ratios=every, **fast),
         Measure(name="vs_saelens", goal=2.0, **fast, **speed),
+        Measure(name="vs_saelens_on_hf_model", goal=2.0, **fast, **on_hf),
         Measure(name="bytes_vs_saelens", unit="x bytes on disk", **small, **size),
         Measure(name="peak_memory_vs_plan", unit="x bytes", **small, **memory),
     ]

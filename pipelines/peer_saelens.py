@@ -18,24 +18,40 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig  # noqa: E402
+from transformer_lens import loading_from_pretrained as loading  # noqa: E402
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
 
-def cache(host, ids, out, hook, d, tokens, context, batch_tokens, buffer_tokens, dtype, threads):
+def cache(
+    host,
+    model_class,
+    ids,
+    out,
+    hook,
+    d,
+    tokens,
+    context,
+    batch_tokens,
+    buffer_tokens,
+    dtype,
+    threads,
+):
     """One run of the cache runner; tokens, times, bytes and a digest of the token ids.
 
     `ids` is a file with the packed token ids: the runner's own packing of text drops a separator
     where a document ends with a context, so it would cache other tokens.
     """
     torch.set_num_threads(threads)
+    if host not in loading.OFFICIAL_MODEL_NAMES:  # HookedTransformer refuses a folder otherwise
+        loading.OFFICIAL_MODEL_NAMES.append(host)
     shutil.rmtree(out, ignore_errors=True)
     size = {"float32": 4, "float16": 2}[dtype]
     cfg = CacheActivationsRunnerConfig(
         dataset_path=ids,  # a name only
         model_name=host,
-        model_class_name="AutoModelForCausalLM",
+        model_class_name=model_class,
         model_batch_size=batch_tokens // context,
         hook_name=hook,
         d_in=d,
