@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 from tqdm import tqdm
 
-from actcache import canary
+from actcache import canary, ranks, sharded
 from actcache.calibrate import calibrate
 from actcache.canary import contexts_of
 from actcache.capture import LazyCapture
@@ -94,11 +95,21 @@ def add_hooks(settings: AddHooksSettings, say: Callable[[str], None] = lambda _:
 
     Raises IdentityError with a field-by-field diff if the host is not the store's, and as
     `actcache.run.run` does for hooks. Ctrl-C keeps what is committed and sets `interrupted`.
+    Several ranks share the work as in `run`.
     """
+    sharded.check_launch(settings.host.sharding)
+    with ranks.joined(settings.host.rank_timeout) as group:
+        shown = settings.progress and group.first
+        return _add_hooks(replace(settings, progress=shown), group.say(say), group)
+
+
+def _add_hooks(
+    settings: AddHooksSettings, say: Callable[[str], None], group: ranks.Ranks
+) -> Added:
     started = time.perf_counter()
     store = open_store(str(settings.store))
     snapshot = store.snapshot()
-    host = Host(resolved_host(settings.host, settings.progress, say))
+    host = Host(group.one_by_one(lambda: resolved_host(settings.host, settings.progress, say)))
     _refuse_other_host(store, host)
     points = resolve(settings.hooks, settings.layers, host.skeleton())
     say(f"hooks: {', '.join(p.name for p in points)}")
@@ -109,22 +120,27 @@ def add_hooks(settings: AddHooksSettings, say: Callable[[str], None] = lambda _:
     replay = _Replay(writer, capture, settings.progress)
     while True:
         interrupted = replay.fill(snapshot)
-        newest = store.snapshot()
+        newest = store.snapshot(group.from_first("its snapshot", lambda: store.snapshot().name))
         if interrupted or newest.record.segments == snapshot.record.segments:
             break
         snapshot = newest  # it has grown meanwhile
-    if replay.written.computed and not interrupted:
-        canary.write(writer, snapshot.segments[0].id, capture)
+    group.add("computed", replay.written.computed)
+    group.meet("come to the end of the run")
+    computed = group.add("computed", 0)
     if not interrupted:
-        writer.snapshot([s.id for s in snapshot.segments])
+        if group.first:
+            writer.refresh()
+            writer.snapshot([s.id for s in snapshot.segments])
+        group.meet("take the snapshot")
         snapshot = store.snapshot()
-        register(snapshot, settings.catalog, say)
+        if group.first:
+            register(snapshot, settings.catalog, say)
     return Added(
         store=store,
         snapshot=snapshot.name,
         hooks=tuple(sorted(snapshot.hooks)),
         tokens=snapshot.n_rows,
-        computed=replay.written.computed,
+        computed=computed,
         seconds=time.perf_counter() - started,
         interrupted=interrupted,
     )
@@ -147,9 +163,18 @@ class _Replay:
             desc="adding hooks",
             disable=not self._progress,
         ) as bar:
-            return self.written.share(lambda claims: self._walk(units, claims, bar))
+            done = (s.n_rows for s in snapshot.segments if self._done(s))
+            advance = ranks.current().counting(bar, sum(done))
+            walk = partial(self._walk, units, bar=bar, advance=advance)
+            return self.written.share(walk, lambda: advance(0))
 
-    def _walk(self, units: list[list[Segment]], claims: Claims, bar: Any) -> bool:
+    def _walk(
+        self,
+        units: list[list[Segment]],
+        claims: Claims,
+        bar: Any,
+        advance: Callable[[int], object],
+    ) -> bool:
         """Do every free unit; True if others still hold some that lack hooks."""
         busy = False
         known = ((s.id, list(contexts_of(s.tokens()).values())) for unit in units for s in unit)
@@ -161,9 +186,11 @@ class _Replay:
                 if claims.acquire(name):
                     self._writer.refresh()
                     for segment in (s for s in segments if not self._done(s)):
-                        self._fill_segment(segment, bar)
+                        self._fill_segment(segment, advance)
                     self.written.settle()
                     claims.release(name)
+                    if self._done(units[0][0]):
+                        canary.write(self._writer, units[0][0].id, self._capture)
                 else:
                     busy = True
             self._writer.refresh()
@@ -174,14 +201,14 @@ class _Replay:
     def _done(self, segment: Segment) -> bool:
         return self._writer.has(segment.id, self._capture.activation_ids)
 
-    def _fill_segment(self, segment: Segment, bar: Any) -> None:
+    def _fill_segment(self, segment: Segment, advance: Callable[[int], object]) -> None:
         commit = segment.commits[0]
         tokens = segment.tokens()
         if tokens.digest() != commit.token_digest:
             raise DamagedError(f"tokens of {segment.id} differ from the committed digest")
         self.written.add(
             list(contexts_of(tokens).values()),
-            bar.update,
+            advance,
             unit=commit.unit,
             index=commit.index,
             last_in_unit=commit.last_in_unit,

@@ -7,7 +7,9 @@ without reading a weight.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
@@ -15,14 +17,19 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from actcache import ranks
 from actcache.data import Packing
+from actcache.families import runner
 from actcache.hooks import HookPoint
 from actcache.host import Host
+from actcache.lockstep import Lockstep
 from actcache.segments import SegmentBuilder
 from actcache.store import HookInfo, Identity, IdentityError, TokenTable
 from actcache.store.ids import digest
 from actcache.store.layout import DTYPES, chunk_rows
 from actcache.store.writer import StoreWriter
+
+POLL = 1.0  # seconds between looks at units that others hold
 
 
 class LazyCapture:
@@ -41,6 +48,8 @@ class LazyCapture:
         self._host, self._points, self._packing = host, list(points), packing
         self._identity, self._dtype, self._say = identity, dtype, say
         self.tokenizer = host.tokenizer
+        sharded = host.settings.sharding != "none"
+        self._lockstep = Lockstep(ranks.current()) if sharded else None
         # Rows computed while calibrating, by segment, until the segment is written.
         self.kept: dict[str, tuple[TokenTable, dict[str, NDArray[Any]]]] = {}
 
@@ -52,15 +61,47 @@ class LazyCapture:
     @cached_property
     def builder(self) -> SegmentBuilder:
         """Loads the model, at the first access."""
+        if self._lockstep:
+            self._lockstep.enter()
         self._say(f"loading {self._host.settings.model}")
+        model = self._host.load(self._points)
+        if self._lockstep:
+            runner(model).register_forward_pre_hook(self._lockstep.enter, prepend=True)
         return SegmentBuilder(
-            self._host.load(self._points),
+            model,
             self._points,
             device=self._host.device,
             batch_contexts=max(1, self._host.settings.batch_tokens // self._packing.context),
             dtype=self._host.settings.dtype if self._dtype == "int8" else self._dtype,
             cross_documents=self._packing.attend_across_documents,
         )
+
+    def again(self, busy: bool, tick: Callable[[], object]) -> bool:
+        """Whether to look again for units: they are free, or `busy`, held by others.
+
+        Waits a moment. Ranks that share the host serve the others' forward passes meanwhile, and
+        all end together; `tick()` is called as time goes by. KeyboardInterrupt if one has ended.
+        """
+        tick()
+        if self._lockstep:
+            busy = self._lockstep.serve(not busy, lambda: self._serve(tick))
+        else:
+            ranks.current().refuse_stopped()
+        if busy:
+            time.sleep(POLL)
+        return busy
+
+    def _serve(self, tick: Callable[[], object]) -> None:
+        """This rank's part in what others do: loading the host, or a pass over two tokens."""
+        if "builder" in self.__dict__:
+            self.builder.dummy()
+        else:
+            _ = self.builder
+        tick()
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Where Ctrl-C ends all ranks that share the host at the same forward pass."""
+        return self._lockstep.interruptible() if self._lockstep else nullcontext()
 
     @cached_property
     def infos(self) -> list[HookInfo]:

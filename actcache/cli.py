@@ -76,11 +76,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sys.exit(known[args[0]](args[1:]))
     except ActcacheError as e:
-        print(f"error: {e}", file=sys.stderr)
+        _complain(e)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted before anything was committed", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _complain(error: ActcacheError) -> None:
+    """Print an error, once for all ranks of a launch."""
+    from actcache import ranks
+
+    if ranks.speaks_for_all(error):
+        print(f"error: {error}", file=sys.stderr)
 
 
 # -- run -------------------------------------------------------------------------------------------
@@ -118,7 +126,7 @@ def _compose(
             sys.exit(act({k: v for k, v in values.items() if k not in unused}))
         except ActcacheError as e:
             # SystemExit passes through Hydra, which would print anything else with a traceback.
-            print(f"error: {e}", file=sys.stderr)
+            _complain(e)
             sys.exit(1)
 
     if {"-h", "--help"} & set(args):  # needs a host and data to show all keys
@@ -147,9 +155,12 @@ def _explain(message: str) -> str:
 
 
 def _cache(values: dict[str, Any]) -> int:
+    from actcache.ranks import is_first
     from actcache.run import CacheSettings, run
 
     result = run(build(CacheSettings, values), say=print)
+    if not is_first():
+        return INTERRUPTED if result.interrupted else 0
     if not result.computed and not result.interrupted:
         return 0  # `run` has said so
     rate = f", {result.computed / result.seconds:,.0f} tok/s" if result.computed else ""
@@ -205,6 +216,7 @@ def _find(args: list[str]) -> int:
 
 def _add_hooks(args: list[str]) -> int:
     from actcache.add_hooks import AddHooksSettings, add_hooks
+    from actcache.ranks import is_first
 
     def act(values: dict[str, Any]) -> int:
         layout = values.pop("layout")
@@ -212,7 +224,8 @@ def _add_hooks(args: list[str]) -> int:
             raise ActcacheError("layout: the store has one already; only layout.dtype may be given")
         values["dtype"] = layout["dtype"] if typed("layout") else None
         result = add_hooks(build(AddHooksSettings, values), _say(as_json))
-        print(json.dumps(result.to_json(), indent=1) if as_json else result)
+        if is_first():
+            print(json.dumps(result.to_json(), indent=1) if as_json else result)
         return INTERRUPTED if result.interrupted else 0
 
     def typed(group: str) -> set[str]:

@@ -19,4 +19,20 @@ class NonFiniteError(ActcacheError):
     """The host produced NaN or infinity; the message names the context that caused it."""
 
 
-__all__ = ["ActcacheError", "DataError", "HookError", "HostError", "NonFiniteError"]
+class RankError(ActcacheError):
+    """A rank did not come, went away, or does something else than the others."""
+
+
+class OtherRankFailedError(RankError):
+    """Another rank failed and has said why; this one ends without a word."""
+
+
+__all__ = [
+    "ActcacheError",
+    "DataError",
+    "HookError",
+    "HostError",
+    "NonFiniteError",
+    "OtherRankFailedError",
+    "RankError",
+]

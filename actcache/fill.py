@@ -11,17 +11,17 @@ host; at most `WRITES` segments wait, so memory is bounded by WRITES + 1 segment
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from actcache import canary
+from actcache import canary, ranks
 from actcache.capture import LazyCapture
 from actcache.data import Context, Packing, contexts
 from actcache.sources import Source, Unit
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from actcache.run import CacheSettings
 
 WRITES = 1  # segments that may wait to be written
-POLL = 1.0  # seconds between looks at units that others hold
 
 
 def parse_part(part: str) -> tuple[int, int]:
@@ -65,6 +64,7 @@ class WriteBehind:
         last_in_unit: bool,
     ) -> None:
         """Run one segment through the host and hand it to the writing thread."""
+        ranks.current().refuse_stopped()
         tokens, acts = self._capture.builder.build(contexts, advance)
         self.settle(WRITES - 1)
         self._queue.append(
@@ -85,17 +85,20 @@ class WriteBehind:
         while len(self._queue) > waiting:
             self._queue.popleft().result()
 
-    def share(self, walk: Callable[[Claims], bool]) -> bool:
+    def share(self, walk: Callable[[Claims], bool], tick: Callable[[], object]) -> bool:
         """Do `walk` again and again while it says that others hold some of its work.
 
-        True if Ctrl-C ended it; what has been computed by then is written.
+        `tick()` is called while waiting. True if Ctrl-C ended it, here or on another rank; what has
+        been computed by then is written.
         """
         claims = Claims(self._writer.path / CLAIMS, uuid.uuid4().hex[:8])
-        with ThreadPoolExecutor(1, "write") as self._pool, claims:
+        stoppable = self._capture.interruptible()
+        with ThreadPoolExecutor(1, "write") as self._pool, claims, stoppable:
             try:
-                while walk(claims):
-                    time.sleep(POLL)
+                while self._capture.again(walk(claims), tick):
+                    pass
             except KeyboardInterrupt:
+                ranks.current().stop()
                 self.settle()  # whole segments are worth a moment
                 return True
         return False
@@ -181,9 +184,9 @@ class Filler:
     def fill(self) -> bool:
         """Commit segments until the budget or the data ends; True if Ctrl-C ended it."""
         budget = self.settings.tokens
-        if self.writer.commits:
-            rows = sum(c[0].rows for c in self.writer.commits.values())
-            self.say(f"continuing: {rows:,} tokens are committed already")
+        before = sum(c[0].rows for c in self.writer.commits.values())
+        if before:
+            self.say(f"continuing: {before:,} tokens are committed already")
         bar = tqdm(
             total=budget,
             unit="tok",
@@ -192,14 +195,16 @@ class Filler:
             disable=not self.settings.progress,
         )
         with bar:
-            if self._written.share(lambda claims: self._walk(claims, bar)):
+            advance = ranks.current().counting(bar, before)
+            walk = partial(self._walk, bar=bar, advance=advance)
+            if self._written.share(walk, lambda: advance(0)):
                 return True
         rows = sum(self.writer.commits[s][0].rows for s in self.wanted())
         if budget is not None and rows < budget and self.settings.part is None:
             self.say(f"the data ended at {rows:,} tokens, before tokens={budget:,}")
         return False
 
-    def _walk(self, claims: Claims, bar: Any) -> bool:
+    def _walk(self, claims: Claims, bar: Any, advance: Callable[[int], object]) -> bool:
         """Do every free unit of the plan; True if others still hold some that are wanted."""
         before, busy = 0, False  # rows committed in earlier units
         for position, unit in enumerate(self._units()):
@@ -209,7 +214,8 @@ class Filler:
             if not done and self._mine(position):
                 name = f"u{unit.number:05d}"
                 if claims.acquire(name):
-                    self._fill_unit(unit, before, bar)
+                    self.writer.refresh()  # another may have done it since the last look
+                    self._fill_unit(unit, before, advance)
                     self._written.settle()
                     claims.release(name)
                     self._write_canary()
@@ -250,7 +256,7 @@ class Filler:
         whole = bool(commits) and commits[-1].last_in_unit
         return whole or self._enough(before + sum(c.rows for c in commits))
 
-    def _fill_unit(self, unit: Unit, before: int, bar: Any) -> None:
+    def _fill_unit(self, unit: Unit, before: int, advance: Callable[[int], object]) -> None:
         """Commit the segments that the unit lacks, until the budget is met."""
         per_segment = self.writer.identity.layout.segment_rows // self.packing.context
         stream = contexts(self.source.read(unit), self.capture.tokenizer, self.packing)
@@ -265,7 +271,7 @@ class Filler:
             if not self.writer.has(segment, self._ids):
                 self._written.add(
                     chunk,
-                    bar.update,
+                    advance,
                     unit=unit.number,
                     index=index,
                     last_in_unit=not following,

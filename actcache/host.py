@@ -13,7 +13,7 @@ import copy
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,8 +158,16 @@ class Host:
             model = model.to(self.device)
         return model.eval().requires_grad_(False)
 
-    def _from_pretrained(self, points: list[HookPoint], **more: Any) -> nn.Module:
-        """The cut model with its weights. `more` are further keywords of its namesake."""
+    def _from_pretrained(
+        self,
+        points: list[HookPoint],
+        splitting: AbstractContextManager[None] | None = None,
+        **more: Any,
+    ) -> nn.Module:
+        """The cut model with its weights, made within `splitting`, which may take them apart.
+
+        `more` are further keywords of its namesake.
+        """
         skeleton = self.skeleton()
         deepest = deepest_block((p.module for p in points), skeleton)
         options: dict[str, Any] = {
@@ -170,7 +178,7 @@ class Host:
             options["device_map"] = self._device_map(skeleton, deepest)
         if self.settings.quantization:
             options["quantization_config"] = dict(self.settings.quantization)
-        with _explained(self.settings), _quiet():
+        with splitting or nullcontext(), _explained(self.settings), _quiet():
             model, report = cut_class(type(skeleton), deepest).from_pretrained(
                 self.folder,
                 config=_without_cache(self.config),

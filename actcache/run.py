@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from actcache import ranks, sharded
 from actcache.capture import LazyCapture, activation_id, versions
 from actcache.catalog import Catalog, Entry, continues, home
 from actcache.data import Packing, PackSettings, resolve_packing
@@ -90,35 +91,55 @@ def run(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) ->
     Without `settings.store` the store that the catalog knows for exactly this work is continued,
     or a new one is made at $ACTCACHE_HOME/stores/<short id>.
 
-    Raises ActcacheError subclasses in the user's words. KeyboardInterrupt is caught: what is
-    committed is frozen in a snapshot and `interrupted` is set.
+    Of several ranks (torchrun, accelerate launch) each fills segments of its own, and all return
+    the same result but for `seconds`; `say` and bars are rank 0's.
+
+    Raises ActcacheError subclasses in the user's words; on the ranks that did not fail first,
+    OtherRankFailedError. KeyboardInterrupt is caught: what is committed is frozen in a snapshot and
+    `interrupted` is set.
     """
+    sharded.check_launch(settings.host.sharding)
+    with ranks.joined(settings.host.rank_timeout) as group:
+        shown = settings.progress and group.first
+        return _run(replace(settings, progress=shown), group.say(say), group)
+
+
+def _run(settings: CacheSettings, say: Callable[[str], None], group: ranks.Ranks) -> CacheResult:
     started = time.perf_counter()
-    work = prepare(settings, say)
-    path = _place(work, say)
-    writer = StoreWriter(path, work.identity, {VOCAB_JSON: work.vocab})
+    work = prepare(group.one_by_one(lambda: _resolved(settings, say)), say)
+    group.refuse_different("work to do", work.plain_identity())
+    path = Path(group.from_first("where the store is", lambda: str(_place(work, say))))
+    writer = group.one_by_one(lambda: _writer(path, work, group))
     capture = LazyCapture(
         work.host, work.points, work.packing, work.identity, settings.layout.dtype, say
     )
     capture.refuse_other_types(writer)
     filler = Filler(work.settings, work.source, work.packing, writer, capture, say)
     interrupted = filler.fill()
+    group.add("computed", filler.computed)
+    group.meet("come to the end of the run")
+    computed = group.add("computed", 0)
+    writer.refresh()
     segments = filler.wanted()
     if not segments:
         if interrupted:
             raise KeyboardInterrupt
         raise DataError("the data gave no tokens: every document is empty")
-    record = writer.snapshot(segments)
+    if group.first:
+        writer.snapshot(segments)
+    group.meet("take the snapshot")
     store = open_store(path)
-    if not filler.computed and not interrupted:
+    record = store.snapshot().record
+    if not computed and not interrupted:
         names = ", ".join(p.name for p in work.points)
         say(f"nothing to compute: {path} holds {record.rows:,} tokens of {names}; no model loaded")
-    register(store.snapshot(), settings.catalog, say)
+    if group.first:
+        register(store.snapshot(), settings.catalog, say)
     return CacheResult(
         store=store,
         snapshot=record.name,
         tokens=record.rows,
-        computed=filler.computed,
+        computed=computed,
         seconds=time.perf_counter() - started,
         interrupted=interrupted,
     )
@@ -153,6 +174,12 @@ class Work:
         dtype = self.settings.layout.dtype
         return {p.name: activation_id(self.identity.store_id, p, dtype) for p in self.points}
 
+    def plain_identity(self) -> dict[str, Any]:
+        """All that must be equal on every rank, as JSON."""
+        found = self.identity
+        layout = asdict(found.layout)
+        return {"token_stream": found.token_stream, "host": found.host, "layout": layout}
+
 
 def prepare(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) -> Work:
     """Find out what `settings` mean: data, host, hooks and their identities.
@@ -178,6 +205,16 @@ def prepare(settings: CacheSettings, say: Callable[[str], None] = lambda _: None
         vocab=vocab,
         identity=_identity(settings, source, host, packing, vocab, skeleton),
     )
+
+
+def _writer(path: Path, work: Work, group: ranks.Ranks) -> StoreWriter:
+    """Rank 0 makes the store, the others must find it."""
+    if not group.first and not (path / STORE_JSON).exists():
+        raise StoreError(
+            f"rank {group.rank} does not see the store that rank 0 made at {path}: it must lie on "
+            "a file system that all machines share"
+        )
+    return StoreWriter(path, work.identity, {VOCAB_JSON: work.vocab})
 
 
 def _place(work: Work, say: Callable[[str], None]) -> Path:
