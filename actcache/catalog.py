@@ -1,6 +1,7 @@
 """The catalog: which stores this machine knows, one small JSON per store in a folder.
 
-$ACTCACHE_HOME/catalog (default ~/.cache/actcache/catalog). It is a cache of facts, local knowledge
+$ACTCACHE_HOME/catalog (default ~/.cache/actcache/catalog), or one that machines share, such as
+s3://bucket/catalog. It is a cache of facts, local knowledge
 such as paths, and never trusted: an entry only says where to look. Whether the store is there, and
 what it holds now, is read from the store itself. Losing the folder loses nothing: `actcache run`,
 `info`, `verify` and `cp` register the store that they touch.
@@ -13,19 +14,31 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actcache.store import DamagedError, Identity, Layout, Snapshot, Store, StoreError, open_store
+from actcache.store import (
+    DamagedError,
+    Identity,
+    Layout,
+    Snapshot,
+    Store,
+    StoreError,
+    StoreMissingError,
+    open_store,
+)
+from actcache.store.errors import RemoteError
+from actcache.store.files import remove
+from actcache.store.files import replace as replace_file
 from actcache.store.ids import digest, short, store_digest
-from actcache.store.layout import STORE_JSON
-from actcache.store.publish import PARTIAL
-from actcache.store.schema import dump, load
+from actcache.store.places import Location, address, each, place
+from actcache.store.reader import read_record
+from actcache.store.schema import Record, dump
+from actcache.store.untrusted import names_in
 
-State = Literal["ok", "missing", "other", "damaged"]
+State = Literal["ok", "missing", "other", "damaged", "unreachable"]
 _NAME = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{12}\.json")
 
 
@@ -45,10 +58,10 @@ class KnownHook:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(Record):
     """What the catalog remembers of one store. The path is local; everything else travels."""
 
-    path: str  # absolute
+    path: str  # absolute, or a URL
     token_stream: dict[str, Any]
     host: dict[str, Any]
     layout: Layout
@@ -65,8 +78,8 @@ class Entry:
         stream = digest(self.token_stream)
         if (stream, store_digest(stream, self.host)) != (self.token_stream_id, self.store_id):
             raise DamagedError("its ids do not follow from its fields")
-        if not Path(self.path).is_absolute():
-            raise DamagedError(f"path: expected an absolute path, got {self.path!r}")
+        if not Path(self.path).is_absolute() and "://" not in self.path:
+            raise DamagedError(f"path: expected an absolute path or a URL, got {self.path!r}")
 
     @property
     def file(self) -> str:
@@ -87,9 +100,9 @@ class Known:
 class Catalog:
     """The stores registered in one folder; made when something is registered."""
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Location | None = None) -> None:
         """`folder` None: $ACTCACHE_HOME/catalog."""
-        self.folder = home() / "catalog" if folder is None else Path(folder).expanduser()
+        self.folder = place(home() / "catalog" if folder is None else folder)
 
     def register(self, snapshot: Snapshot, verified: str | None = None) -> Entry:
         """Remember the snapshot's store, replacing what was remembered of it at this path.
@@ -105,12 +118,16 @@ class Catalog:
 
     def forget(self, entry: Entry) -> None:
         """Remove one entry; its store is not touched."""
-        (self.folder / entry.file).unlink(missing_ok=True)
+        remove(self.folder / entry.file)
 
     def entries(self) -> tuple[list[Entry], list[str]]:
-        """Entries as written, by path, and a sentence for each file that is not a whole entry."""
-        files = sorted(p for p in self.folder.glob("*.json") if _NAME.fullmatch(p.name))
-        read = [self._read(file) for file in files]
+        """Entries as written, by path, and a sentence for each file that is not a whole entry, or for
+        a catalog that cannot be read."""
+        try:
+            files = names_in(self.folder, "", _NAME)
+        except StoreError as e:
+            return [], [f"catalog {self.folder} is ignored: {e}"]
+        read = each(self.folder, self._read, files)
         problems = [r for r in read if isinstance(r, str)]
         return sorted((r for r in read if isinstance(r, Entry)), key=lambda e: e.path), problems
 
@@ -124,12 +141,12 @@ class Catalog:
         found = [known for known in map(look, some) if known.state == "ok"]
         return sorted(found, key=lambda k: (-k.entry.tokens, k.entry.path))
 
-    def _read(self, file: Path) -> Entry | str | None:
+    def _read(self, file: Location) -> Entry | str | None:
         """The entry in `file`, what is wrong with it, or None if there is no such file."""
         try:
-            entry = load(Entry, file.read_bytes(), file)
-        except FileNotFoundError:
-            return None
+            if not file.exists():
+                return None
+            entry = read_record(Entry, self.folder, file)
         except (OSError, StoreError) as e:
             return f"{file} is ignored: {e}"
         return entry if entry.file == file.name else f"{file} is ignored: it has another's name"
@@ -143,7 +160,7 @@ def entry_of(snapshot: Snapshot) -> Entry:
         for name, info in sorted(snapshot.hooks.items())
     )
     return Entry(
-        path=str(store.path.expanduser().resolve()),
+        path=address(store.path),
         token_stream=store.identity.token_stream,
         host=store.identity.host,
         layout=store.identity.layout,
@@ -158,13 +175,20 @@ def entry_of(snapshot: Snapshot) -> Entry:
 
 def look(entry: Entry) -> Known:
     """Check an entry against what lies at its path now, and bring its facts up to date."""
-    if not (Path(entry.path) / STORE_JSON).is_file():
-        return Known(entry, "missing", "no store there now; moved, removed or not mounted")
     try:
         store = open_store(entry.path)
+    except StoreMissingError:
+        return Known(entry, "missing", "no store there now; moved, removed or not mounted")
+    except RemoteError as e:
+        return Known(entry, "unreachable", str(e))
+    except StoreError as e:
+        return Known(entry, "damaged", str(e))
+    try:
         if store.store_id != entry.store_id:
             return Known(entry, "other", f"another store, {short(store.store_id)}, lies there now")
         return Known(_fresh(entry, store), "ok")
+    except RemoteError as e:
+        return Known(entry, "unreachable", str(e))
     except StoreError as e:
         return Known(entry, "damaged", str(e))
 
@@ -176,19 +200,14 @@ def _fresh(entry: Entry, store: Store) -> Entry:
     return replace(entry_of(store.snapshot()), verified=entry.verified)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Location, data: bytes) -> None:
     """Write whole or not at all; unlike a store's files an entry may be replaced."""
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as e:
+        replace_file(path, data)
+    except (OSError, StoreError) as e:
+        why = e.strerror if isinstance(e, OSError) else e
         raise StoreError(
-            f"catalog {path.parent} cannot be written: {e.strerror}. The store itself is whole; "
+            f"catalog {path.parent} cannot be written: {why}. The store itself is whole; "
             "choose another catalog with catalog=PATH, or set ACTCACHE_HOME"
         ) from e
 

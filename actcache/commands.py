@@ -1,6 +1,7 @@
-"""The subcommands that need no settings: ls, info, verify, cp, gc.
+"""The subcommands that need no settings: ls, info, verify, cp, requantise, gc.
 
-Each prints a table, or JSON with --json. info, verify and cp also enter the store into the catalog.
+Each prints a table, or JSON with --json. info, verify, cp and requantise also enter the store into
+the catalog.
 
 A function here takes the words behind the subcommand and returns the exit status; errors are
 ActcacheErrors, which cli.py prints.
@@ -13,7 +14,6 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,10 +25,12 @@ from actcache.store.claims import Claims
 from actcache.store.collect import GRACE, find_garbage, remove
 from actcache.store.copy import copy_bytes, copy_snapshot
 from actcache.store.ids import short
+from actcache.store.int8 import Error
 from actcache.store.layout import CLAIMS
+from actcache.store.places import Location, relative
 
 INTERRUPTED = 130
-CATALOG = "folder of the catalog; $ACTCACHE_HOME/catalog by default"
+CATALOG = "folder or s3:// prefix of the catalog; $ACTCACHE_HOME/catalog by default"
 
 
 def _parser(command: str, about: str) -> argparse.ArgumentParser:
@@ -39,7 +41,7 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
 
 def _store_parser(command: str, about: str) -> argparse.ArgumentParser:
     parser = _parser(command, about)
-    parser.add_argument("store", help="folder of the store")
+    parser.add_argument("store", help="folder of the store, s3://bucket/prefix, or http(s)://…")
     parser.add_argument("--snapshot", help="number of a snapshot; the newest by default")
     parser.add_argument("--catalog", help=CATALOG)
     return parser
@@ -74,7 +76,7 @@ def ls(args: list[str]) -> int:
     if options.prune:
         for gone in (k for k in known if k.state in ("missing", "other")):
             catalog.forget(gone.entry)
-        known = [k for k in known if k.state in ("ok", "damaged")]
+        known = [k for k in known if k.state not in ("missing", "other")]
     for problem in catalog.entries()[1]:
         print(problem, file=sys.stderr)
     _print([_row(k) for k in known], options.json, _listing(known, catalog))
@@ -89,13 +91,14 @@ def _listing(known: list[Known], catalog: Catalog) -> str:
     if not known:
         return f"no stores are registered in {catalog.folder}"
     lines = [
-        f"{'id':<14}{'state':<9}{'tokens':>16}{'size':>11}  {'host':<22}{'verified':<12}path: hooks"
+        f"{'id':<14}{'state':<12}{'tokens':>16}{'size':>11}  {'host':<22}{'verified':<12}"
+        "path: hooks"
     ]
     for k in known:
         e = k.entry
         host = f"{e.host.get('architecture', '?')} {short(str(e.host.get('weights', '?')))[:8]}"
         lines.append(
-            f"{short(e.store_id):<14}{k.state:<9}{e.tokens:>16,}{_bytes(e.bytes):>11}  {host:<22}"
+            f"{short(e.store_id):<14}{k.state:<12}{e.tokens:>16,}{_bytes(e.bytes):>11}  {host:<22}"
             f"{(e.verified or 'never')[:10]:<12}{e.path}: {', '.join(h.name for h in e.hooks)}"
         )
         if k.problem:
@@ -127,9 +130,8 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
             "d": info.d,
             "dtype": info.dtype,
             "activation_id": info.activation_id,
-            "bytes": sum(
-                o.bytes for c in commits for o in c.objects if f"/acts/{info.key}/" in o.key
-            ),
+            "bytes": sum(o.bytes for c in commits for o in c.objects if f"/{info.key}/" in o.key),
+            "storage_error": asdict(error) if (error := snapshot.storage_error(name)) else None,
             "mean_norm": stats.mean_norm,
             "total_variance": stats.variance,
             "max_abs": stats.max_abs,
@@ -177,6 +179,11 @@ def _table(facts: dict[str, Any]) -> str:
             f"{name:<24}{hook['d']:>6}  {hook['dtype']:<10}{_bytes(hook['bytes']):>10}"
             f"{hook['mean_norm']:>10.4g}{hook['total_variance']:>11.4g}{hook['max_abs']:>10.4g}"
         )
+    lines += [
+        f"{name}: int8, {Error(**hook['storage_error'])}"
+        for name, hook in facts["hooks"].items()
+        if hook["storage_error"]
+    ]
     return "\n".join(lines)
 
 
@@ -230,7 +237,7 @@ def _verdict(report: dict[str, Any]) -> str:
 def cp(args: list[str]) -> int:
     about = "Copy a store, every byte checked; the same command continues an interrupted copy."
     parser = _store_parser("cp", about)
-    parser.add_argument("target", help="folder of the copy")
+    parser.add_argument("target", help="folder of the copy, or s3://bucket/prefix")
     parser.add_argument("--hooks", help="only the commits that hold these: resid.1,mlp.0")
     options = parser.parse_args(args)
     snapshot = _open(options)
@@ -240,7 +247,7 @@ def cp(args: list[str]) -> int:
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="copying", disable=options.json
         ) as bar:
-            done = copy_snapshot(snapshot, Path(options.target), hooks, bar.update)
+            done = copy_snapshot(snapshot, options.target, hooks, bar.update)
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -265,12 +272,60 @@ def cp(args: list[str]) -> int:
     return 0
 
 
+# -- requantise ------------------------------------------------------------------------------------
+
+
+def requantise(args: list[str]) -> int:
+    from actcache.requantise import requantise as make
+
+    about = "The rows of a store in a smaller type, in a store of their own; no model is needed."
+    parser = _store_parser("requantise", about)
+    parser.add_argument("target", help="folder of the new store; the same command continues it")
+    parser.add_argument("dtype", nargs="?", default="dtype=int8", help="dtype=int8 by default")
+    parser.add_argument("--hooks", help="only these: resid.1,mlp.0")
+    options = parser.parse_args(args)
+    key, _, dtype = options.dtype.partition("=")
+    if key != "dtype":
+        parser.error(f"expected dtype=TYPE behind the two stores, got {options.dtype!r}")
+    source = _open(options)
+    hooks = None if options.hooks is None else [h for h in options.hooks.split(",") if h]
+    bar = tqdm(
+        total=source.n_rows, unit="tok", unit_scale=True, desc=f"to {dtype}", disable=options.json
+    )
+    try:
+        with bar:
+            done = make(source, options.target, dtype, hooks, bar.update)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    _register(done.store, options.catalog)
+    made = done.store.snapshot(done.snapshot)
+    errors = {h: e for h in done.hooks if (e := made.storage_error(h))}
+    facts = {
+        "store": str(done.store.path),
+        "store_id": done.store.store_id,
+        "snapshot": done.snapshot,
+        "tokens": made.n_rows,
+        "hooks": {h: made.hooks[h].dtype for h in done.hooks},
+        "written": done.written,
+        "kept": done.kept,
+        "storage_error": {h: asdict(e) for h, e in errors.items()},
+    }
+    lines = [f"{h}: {e}" for h, e in errors.items()]
+    lines.append(
+        f"{done.store.path}: snapshot {done.snapshot}, {made.n_rows:,} tokens of "
+        f"{', '.join(done.hooks)}; {done.written:,} written as {dtype}, {done.kept:,} were there"
+    )
+    _print(facts, options.json, "\n".join(lines))
+    return 0
+
+
 # -- gc --------------------------------------------------------------------------------------------
 
 
 def gc(args: list[str]) -> int:
     parser = _parser("gc", "Remove what dead writers left in a store: what no commit names.")
-    parser.add_argument("store", help="folder of the store")
+    parser.add_argument("store", help="folder of the store, or s3://bucket/prefix")
     parser.add_argument(
         "--older-than",
         type=float,
@@ -286,7 +341,7 @@ def gc(args: list[str]) -> int:
     _refuse_workers(root, options.older_than)
     garbage = find_garbage(root, options.older_than)
     freed = sum(g.bytes for g in garbage) if options.dry_run else remove(garbage)
-    names = [str(g.path.relative_to(root)) for g in garbage]
+    names = [relative(root, g.path) for g in garbage]
     facts = {"store": str(root), "removed": names, "bytes": freed, "dry_run": options.dry_run}
     did = "would be removed" if options.dry_run else "removed"
     text = "\n".join([*names, f"{len(names):,} {did}, {_bytes(freed)}"])
@@ -294,7 +349,7 @@ def gc(args: list[str]) -> int:
     return 0
 
 
-def _refuse_workers(root: Path, grace: float) -> None:
+def _refuse_workers(root: Location, grace: float) -> None:
     """A living writer's unfinished folder looks like garbage until it commits."""
     busy = Claims(root / CLAIMS, "gc").others()
     if busy and grace < GRACE:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from actcache.catalog import Catalog, Entry, continues, entry_of
@@ -19,6 +18,7 @@ from actcache.run import CacheSettings, Work, prepare
 from actcache.store import Snapshot, Store, open_store
 from actcache.store.ids import diff
 from actcache.store.layout import STORE_JSON
+from actcache.store.places import Location, place
 
 Verdict = Literal["exists", "hooks missing", "fewer tokens", "hooks missing, fewer tokens", "new"]
 NEAREST = 3  # other stores to show
@@ -72,14 +72,14 @@ def find(settings: CacheSettings, say: Callable[[str], None] = lambda _: None) -
     for problem in catalog.entries()[1]:
         say(problem)
     known = [k.entry for k in catalog.known() if k.state == "ok"]
-    asked = known if settings.store is None else _at(Path(settings.store).expanduser())
+    asked = known if settings.store is None else _at(place(settings.store))
     same = [e for e in asked if continues(e, work.identity, work.hook_ids)]
     best = max(same, key=lambda e: e.tokens, default=None)
     others = {e.path: e for e in (*known, *asked) if best is None or e.path != best.path}
     return _compare(work, best, _nearest(work, list(others.values())))
 
 
-def _at(path: Path) -> list[Entry]:
+def _at(path: Location) -> list[Entry]:
     """The store at `path`, registered or not, or nothing."""
     if not (path / STORE_JSON).exists():
         return []
