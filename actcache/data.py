@@ -94,22 +94,27 @@ def resolve_packing(settings: PackSettings, tokenizer: Any, context: int) -> Pac
     """Fit the settings to a tokenizer. Raises HostError if it lacks a token that is asked for."""
     if context < 2:
         raise DataError(f"context: expected at least 2 tokens, got {context}")
-    eos = tokenizer.eos_token_id if settings.separator == "eos" else None
-    if settings.separator == "eos" and eos is None:
+    end = _either(tokenizer.eos_token_id, tokenizer.sep_token_id)  # BERT closes with [SEP]
+    begin = _either(tokenizer.bos_token_id, tokenizer.cls_token_id)
+    if settings.separator == "eos" and end is None:
         raise HostError("pack.separator=eos: the tokenizer has no EOS token; use separator=none")
     own = tokenizer("").input_ids[:1]
-    adds_bos = bool(own) and own[0] == tokenizer.bos_token_id
+    adds_bos = begin is not None and own == [begin]
     wants_bos = settings.bos == "context" or (settings.bos == "auto" and adds_bos)
-    if wants_bos and tokenizer.bos_token_id is None:
+    if wants_bos and begin is None:
         raise HostError("pack.bos=context: the tokenizer has no BOS token; use bos=none")
     return Packing(
         context=context,
-        eos=eos,
-        bos=tokenizer.bos_token_id if wants_bos else None,
+        eos=end if settings.separator == "eos" else None,
+        bos=begin if wants_bos else None,
         attend_across_documents=settings.attend_across_documents,
         drop_tail=settings.drop_tail,
         special=frozenset(tokenizer.all_special_ids),
     )
+
+
+def _either(*ids: int | None) -> int | None:
+    return next((i for i in ids if i is not None), None)
 
 
 def contexts(documents: Iterable[Document], tokenizer: Any, packing: Packing) -> Iterator[Context]:

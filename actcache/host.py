@@ -33,7 +33,9 @@ from actcache.store.records import did_you_mean
 from actcache.tokens import token_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Attention = Literal[
+    "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+]
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -48,7 +50,7 @@ class HostSettings:
         None  # such as {"load_in_8bit": True}, for from_pretrained
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Attention = "sdpa"
+    attention: Attention = "auto"  # auto: sdpa, or eager where the family has no other
     device: str = "auto"  # auto: cuda if there is one
     device_map: str | dict[str, Any] | None = None  # "auto", or {module: device}, instead of device
     batch_tokens: int = 4096  # tokens of one forward pass
@@ -93,8 +95,16 @@ class Host:
             "config": digest(self._plain_config()),
             "weights": digest(digests(self._weight_files())),
             "dtype": self.settings.dtype,
-            "attention": self.settings.attention,
+            "attention": self.attention,
         } | {k: v for k, v in optional.items() if v}
+
+    @cached_property
+    def attention(self) -> str:
+        """The attention kernel that runs; where it is left open, the library's choice."""
+        if self.settings.attention != "auto":
+            return self.settings.attention
+        config: Any = self.skeleton().config
+        return str(config.get_text_config()._attn_implementation or "eager")
 
     @cached_property
     def tokenizer_identity(self) -> str:
@@ -139,6 +149,11 @@ class Host:
         reads = getattr(model, "main_input_name", "input_ids")
         if reads != "input_ids":
             raise HostError(f"host.model={self.settings.model} reads {reads}, not tokens of text")
+        if self.settings.attention == "sdpa" and not getattr(model, "_supports_sdpa", True):
+            raise HostError(
+                f"host.attention=sdpa: {self.config.model_type} has no such attention; use "
+                "host.attention=auto"
+            )
         if self.adapter is not None:
             self.adapter.apply(model, whole=True)
         return _module(model)
@@ -172,7 +187,7 @@ class Host:
         deepest = deepest_block((p.module for p in points), skeleton)
         options: dict[str, Any] = {
             "dtype": DTYPES[self.settings.dtype],
-            "attn_implementation": self.settings.attention,
+            "attn_implementation": self.attention,
         }
         if self._placed:
             options["device_map"] = self._device_map(skeleton, deepest)
@@ -233,7 +248,7 @@ class Host:
                 f"pack.attend_across_documents=false: {self.config.model_type} carries a state "
                 "from token to token, which no attention mask restarts at a document; " + remedy
             )
-        if self.settings.attention not in ("sdpa", "eager"):
+        if self.attention not in ("sdpa", "eager"):
             raise HostError(
                 f"pack.attend_across_documents=false: host.attention={self.settings.attention} "
                 f"takes no mask of documents; use host.attention=sdpa, or {remedy[4:]}"
@@ -327,12 +342,19 @@ def _adapter(settings: HostSettings) -> Adapter | None:
 
 
 def _notes(settings: HostSettings, adapter: Adapter | None) -> list[str]:
-    """Settings without effect, and what looks like a mistake."""
+    """Settings without effect, and what looks like a mistake. HostError for contradictions."""
     if settings.device_map is not None and settings.device != "auto":
         raise HostError(
             f"host.device={settings.device} and host.device_map={settings.device_map} both say "
             "where the weights go: leave one out"
         )
+    beside = {k: getattr(settings, k) for k in ("adapter", "quantization", "device_map")}
+    for key, value in beside.items():
+        if settings.sharding != "none" and value is not None:
+            raise HostError(
+                f"host.{key}={value} does not go with host.sharding={settings.sharding}"
+                + (": merge it into the host's weights first" if key == "adapter" else "")
+            )
     notes = []
     if settings.revision is not None and Path(settings.model).expanduser().is_dir():
         notes.append(

@@ -143,7 +143,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "cache.host.dtype", "of the model's forward pass"
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option(
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = option(
         "cache.host.attention", "attention kernel of the model"
     )
     host_batch_tokens: int = option("cache.host.batch_tokens", "tokens of one forward pass")

@@ -114,6 +114,7 @@ class Shape:
         config: Any = model.config
         self.text = config.get_text_config()
         self.architecture, self.context = str(config.model_type), context
+        self.attention = str(self.text._attn_implementation)  # what the library chooses
         self.vocab, self.d = int(self.text.vocab_size), int(self.text.hidden_size)
         tied = getattr(config, "tie_word_embeddings", None)
         tied = getattr(self.text, "tie_word_embeddings", True) if tied is None else tied
@@ -220,7 +221,8 @@ def plan_memory(
     chosen = shape.k_of_experts[0] if shape.k_of_experts else 0
     widest = (4 + 2 * chosen) * shape.d + max(4 * shape.mlp, 8 * max(shape.heads))
     activations = contexts * T * (widest * size + T)  # and a mask of bytes
-    if settings.host.attention == "eager":
+    asked = settings.host.attention
+    if (shape.attention if asked == "auto" else asked) == "eager":
         activations += contexts * shape.text.num_attention_heads * T * T * (size + 4)
     widths = [h.d for h in hooks]
     stored = DTYPES[settings.layout.dtype].itemsize
