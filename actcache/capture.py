@@ -25,7 +25,7 @@ from actcache.host import Host
 from actcache.lockstep import Lockstep
 from actcache.segments import SegmentBuilder
 from actcache.store import HookInfo, Identity, IdentityError, TokenTable
-from actcache.store.ids import digest
+from actcache.store.ids import activation_digest
 from actcache.store.layout import DTYPES, chunk_rows
 from actcache.store.writer import StoreWriter
 
@@ -86,7 +86,7 @@ class LazyCapture:
         if self._lockstep:
             busy = self._lockstep.serve(not busy, lambda: self._serve(tick))
         else:
-            ranks.current().refuse_stopped()
+            ranks.current().heed()
         if busy:
             time.sleep(POLL)
         return busy
@@ -150,8 +150,7 @@ class LazyCapture:
 
 def activation_id(store_id: str, point: HookPoint, dtype: str) -> str:
     """Identity of one hook's rows: the store, the tensor, the storage type."""
-    place = {"module": point.module, "io": point.io, "index": point.index}
-    return digest({"store_id": store_id, "hook": place, "dtype": dtype})
+    return activation_digest(store_id, point.module, point.io, point.index, dtype)
 
 
 def versions() -> dict[str, str]:

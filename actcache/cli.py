@@ -42,6 +42,8 @@ actcache: cache the activations of a language model, once, for every SAE
       exit status 1 if they differ by more than rounding does
   actcache cp SOURCE TARGET [--snapshot N] [--hooks A,B] [--json]
       copy a store, every byte checked; the same command continues an interrupted copy
+  actcache requantise STORE TARGET [dtype=int8] [--snapshot N] [--hooks A,B] [--json]
+      the rows in a smaller type, in a store of their own, with the error measured; needs no model
   actcache gc STORE [--older-than SECONDS] [--dry-run] [--json]
       remove what dead writers left, nothing else
 """
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "info": commands.info,
         "verify": _verify,
         "cp": commands.cp,
+        "requantise": commands.requantise,
         "gc": commands.gc,
     }
     if not args or args[0] in ("-h", "--help", "help"):

@@ -283,7 +283,7 @@ def requantise(args: list[str]) -> int:
     parser.add_argument("target", help="folder of the new store; the same command continues it")
     parser.add_argument("dtype", nargs="?", default="dtype=int8", help="dtype=int8 by default")
     parser.add_argument("--hooks", help="only these: resid.1,mlp.0")
-    options = parser.parse_args(args)
+    options = parser.parse_intermixed_args(args)
     key, _, dtype = options.dtype.partition("=")
     if key != "dtype":
         parser.error(f"expected dtype=TYPE behind the two stores, got {options.dtype!r}")

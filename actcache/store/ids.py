@@ -28,6 +28,14 @@ def store_digest(token_stream_id: str, host: Mapping[str, Any]) -> str:
     return digest({"token_stream_id": token_stream_id, "host": host})
 
 
+def activation_digest(
+    store_id: str, module: str, io: str, index: int | str | None, dtype: str
+) -> str:
+    """Identity of one hook's rows: the store, the tensor, the storage type."""
+    place = {"module": module, "io": io, "index": index}
+    return digest({"store_id": store_id, "hook": place, "dtype": dtype})
+
+
 def bytes_digest(data: bytes | memoryview) -> str:
     """'sha256:' + hex of raw bytes."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -94,6 +94,10 @@ class Error:
     fvu: float | None  # sum |x - x̂|² / sum |x̂ - mean of x̂|², without special tokens; None: 0/0
     max_relative_error: float  # largest |x - x̂| / |x - calibrated mean| of a row, special or not
 
+    def __str__(self) -> str:
+        lost = "none of no variance" if self.fvu is None else f"{self.fvu:.2g} of the variance"
+        return f"storage loses {lost}, at most {self.max_relative_error:.2g} of a row's length"
+
 
 def quantise(x_ND: NDArray[Any], calibration: Calibration) -> tuple[NDArray[np.int8], F32]:
     """Codes (N, D) and scales (N,) of rows of any float type.
