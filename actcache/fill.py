@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -65,7 +65,11 @@ class WriteBehind:
     ) -> None:
         """Run one segment through the host and hand it to the writing thread."""
         ranks.current().refuse_stopped()
-        tokens, acts = self._capture.builder.build(contexts, advance)
+        if kept := self._capture.kept.pop(segment_id(unit, index), None):
+            tokens, acts = kept
+            advance(len(tokens))
+        else:
+            tokens, acts = self._capture.builder.build(contexts, advance)
         self.settle(WRITES - 1)
         self._queue.append(
             self._pool.submit(
@@ -206,6 +210,9 @@ class Filler:
 
     def _walk(self, claims: Claims, bar: Any, advance: Callable[[int], object]) -> bool:
         """Do every free unit of the plan; True if others still hold some that are wanted."""
+        progress = self.settings.progress
+        if not calibrate(self.capture, self.writer, self._segments(), claims, progress):
+            return True
         before, busy = 0, False  # rows committed in earlier units
         for position, unit in enumerate(self._units()):
             if self._enough(before):
@@ -255,6 +262,21 @@ class Filler:
         commits = self._commits(unit)
         whole = bool(commits) and commits[-1].last_in_unit
         return whole or self._enough(before + sum(c.rows for c in commits))
+
+    def _segments(self) -> Iterator[tuple[str, list[Context]]]:
+        """The segments of the whole plan from its start, committed or not, up to the budget."""
+        per_segment = self.writer.identity.layout.segment_rows // self.packing.context
+        rows = 0
+        for unit in self._units():
+            stream = contexts(self.source.read(unit), self.capture.tokenizer, self.packing)
+            for index in count():
+                chunk = list(islice(stream, per_segment))
+                if not chunk or self._enough(rows):
+                    break
+                yield segment_id(unit.number, index), chunk
+                rows += sum(map(len, chunk))
+            if self._enough(rows):
+                return
 
     def _fill_unit(self, unit: Unit, before: int, advance: Callable[[int], object]) -> None:
         """Commit the segments that the unit lacks, until the budget is met."""
