@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from actcache import canary, ranks
+from actcache.calibrate import calibrate
 from actcache.capture import LazyCapture
 from actcache.data import Context, Packing, contexts
 from actcache.sources import Source, Unit

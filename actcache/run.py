@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from actcache import ranks, sharded
 from actcache.capture import LazyCapture, activation_id, versions
@@ -27,7 +27,7 @@ from actcache.host import Host, HostSettings
 from actcache.sources import DataSettings, Source, open_source
 from actcache.store import Identity, Layout, SettingsError, Snapshot, Store, StoreError, open_store
 from actcache.store.ids import bytes_digest, digest, short, store_digest
-from actcache.store.layout import STORE_JSON, VOCAB_JSON, Order
+from actcache.store.layout import STORE_JSON, VOCAB_JSON, Order, StorageType
 from actcache.store.vocab import encode_vocab
 from actcache.store.writer import StoreWriter
 
@@ -36,7 +36,7 @@ from actcache.store.writer import StoreWriter
 class LayoutSettings:
     """How rows are stored. Fixed when the store is made; see FORMAT.md."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: StorageType = "bfloat16"
     segment_rows: int = 131_072
     chunk_bytes: int = 1 << 20
     unit_bytes: int = 8 << 20
