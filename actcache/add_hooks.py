@@ -25,6 +25,7 @@ from actcache.calibrate import calibrate
 from actcache.canary import contexts_of
 from actcache.capture import LazyCapture
 from actcache.data import Packing
+from actcache.errors import DataError
 from actcache.fill import WriteBehind
 from actcache.hooks import resolve
 from actcache.host import Host, HostSettings
@@ -103,11 +104,10 @@ def add_hooks(settings: AddHooksSettings, say: Callable[[str], None] = lambda _:
         return _add_hooks(replace(settings, progress=shown), group.say(say), group)
 
 
-def _add_hooks(
-    settings: AddHooksSettings, say: Callable[[str], None], group: ranks.Ranks
-) -> Added:
+def _add_hooks(settings: AddHooksSettings, say: Callable[[str], None], group: ranks.Ranks) -> Added:
     started = time.perf_counter()
     store = open_store(str(settings.store))
+    _refuse_images(store)
     snapshot = store.snapshot()
     host = Host(group.one_by_one(lambda: resolved_host(settings.host, settings.progress, say)))
     _refuse_other_host(store, host)
@@ -226,6 +226,16 @@ def _packing(store: Store) -> Packing:
         drop_tail=recorded["drop_tail"],
         special=frozenset(store.identity.recorded.get("special_token_ids", ())),
     )
+
+
+def _refuse_images(store: Store) -> None:
+    """DataError for a store whose tokens alone are not what the host saw."""
+    if store.identity.token_stream["packing"].get("images") is not None:
+        raise DataError(
+            f"{store.path} was made from images, and a store keeps token ids but no pixels. Its "
+            "data set is needed: actcache run with the same host=…, data=… and store=…, and the "
+            "further hooks, adds them to the same rows"
+        )
 
 
 def _refuse_other_host(store: Store, host: Host) -> None:

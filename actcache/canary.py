@@ -27,7 +27,7 @@ from actcache.errors import HookError, HostError
 from actcache.hooks import HookPoint
 from actcache.host import Host, HostSettings
 from actcache.segments import SegmentBuilder, token_table
-from actcache.store import HookInfo, Store, TokenTable, open_store
+from actcache.store import FLAG_IMAGE, HookInfo, Store, TokenTable, open_store
 from actcache.store.canaries import (
     CONTEXTS,
     MAX_TOKENS,
@@ -78,6 +78,8 @@ def write(writer: StoreWriter, segment: str, capture: LazyCapture) -> None:
     commit = writer.commits[segment][0]
     table = read_table(root, root / commit.folder, commit.rows, f"segment {segment}")
     numbers, contexts = choose(table, writer.identity.layout.context)
+    if not contexts:
+        return  # all of them have images
     tokens, acts = capture.builder.alone().build(contexts, lambda _: None)
     write_canary(
         root,
@@ -94,8 +96,11 @@ def write(writer: StoreWriter, segment: str, capture: LazyCapture) -> None:
 
 
 def choose(table: TokenTable, context: int) -> tuple[list[int], list[Context]]:
-    """The first contexts of full length, by number; all of them where none is full."""
-    found = contexts_of(table)
+    """The first contexts of full length, by number; all of them where none is full.
+
+    Contexts with images are left out: a store does not keep their pixels.
+    """
+    found = {n: c for n, c in contexts_of(table).items() if not (c.flags & FLAG_IMAGE).any()}
     full = [number for number, c in found.items() if len(c) == context] or list(found)
     numbers = full[: max(1, min(CONTEXTS, MAX_TOKENS // context))]
     return numbers, [found[number] for number in numbers]
@@ -134,7 +139,8 @@ def check(store_path: str | Path, host: HostSettings) -> list[CanaryResult]:
     if not found:
         raise StoreMissingError(
             f"{store.path} has no canary contexts. A run of actcache writes them when it computes "
-            "segments; this store was written without, or its only run was interrupted"
+            "segments; this store was written without, or its only run was interrupted, or every "
+            "context of its first segment has images, whose pixels a store does not keep"
         )
     tolerance = _tolerance(store, host)
     mine = Host(host)

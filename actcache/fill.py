@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from actcache import canary, ranks
 from actcache.calibrate import calibrate
 from actcache.capture import LazyCapture
-from actcache.data import Context, Packing, contexts
+from actcache.data import Context, Packing
 from actcache.sources import Source, Unit
 from actcache.store.claims import Claims
 from actcache.store.errors import SettingsError
@@ -204,6 +203,8 @@ class Filler:
             walk = partial(self._walk, bar=bar, advance=advance)
             if self._written.share(walk, lambda: advance(0)):
                 return True
+        for line in self.packing.report():
+            self.say(line)
         rows = sum(self.writer.commits[s][0].rows for s in self.wanted())
         if budget is not None and rows < budget and self.settings.part is None:
             self.say(f"the data ended at {rows:,} tokens, before tokens={budget:,}")
@@ -266,29 +267,30 @@ class Filler:
 
     def _segments(self) -> Iterator[tuple[str, list[Context]]]:
         """The segments of the whole plan from its start, committed or not, up to the budget."""
-        per_segment = self.writer.identity.layout.segment_rows // self.packing.context
         rows = 0
         for unit in self._units():
-            stream = contexts(self.source.read(unit), self.capture.tokenizer, self.packing)
-            for index in count():
-                chunk = list(islice(stream, per_segment))
-                if not chunk or self._enough(rows):
+            for index, chunk in enumerate(self._chunks(unit)):
+                if self._enough(rows):
                     break
                 yield segment_id(unit.number, index), chunk
                 rows += sum(map(len, chunk))
             if self._enough(rows):
                 return
 
+    def _chunks(self, unit: Unit) -> Iterator[list[Context]]:
+        """The contexts of each segment of a unit."""
+        stream = self.packing.contexts(self.source.read(unit), self.capture.tokenizer)
+        return self.packing.segments(stream, self.writer.identity.layout.segment_rows)
+
     def _fill_unit(self, unit: Unit, before: int, advance: Callable[[int], object]) -> None:
         """Commit the segments that the unit lacks, until the budget is met."""
-        per_segment = self.writer.identity.layout.segment_rows // self.packing.context
-        stream = contexts(self.source.read(unit), self.capture.tokenizer, self.packing)
-        chunk, index = list(islice(stream, per_segment)), 0
+        stream = self._chunks(unit)
+        chunk, index = next(stream, []), 0
         if not chunk:
             self._empty.add(unit.number)
         self._ended = self._ended or (not chunk and self.source.identity["kind"] != "parquet")
         while chunk and not self._enough(before):
-            following = list(islice(stream, per_segment))
+            following = next(stream, [])
             segment = segment_id(unit.number, index)
             rows = sum(map(len, chunk))
             if not self.writer.has(segment, self._ids):

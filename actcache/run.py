@@ -17,6 +17,7 @@ from typing import Any
 from actcache import ranks, sharded
 from actcache.capture import LazyCapture, activation_id, versions
 from actcache.catalog import Catalog, Entry, continues, home
+from actcache.chat import resolve_chat
 from actcache.data import Packing, PackSettings, resolve_packing
 from actcache.demo import demo_paths, ensure_demo
 from actcache.demo.corpus import build_corpus
@@ -28,6 +29,7 @@ from actcache.sources import DataSettings, Source, open_source
 from actcache.store import Identity, Layout, SettingsError, Snapshot, Store, StoreError, open_store
 from actcache.store.ids import bytes_digest, digest, short, store_digest
 from actcache.store.layout import STORE_JSON, VOCAB_JSON, Order, StorageType
+from actcache.store.places import Location, address, place
 from actcache.store.vocab import encode_vocab
 from actcache.store.writer import StoreWriter
 
@@ -108,7 +110,7 @@ def _run(settings: CacheSettings, say: Callable[[str], None], group: ranks.Ranks
     started = time.perf_counter()
     work = prepare(group.one_by_one(lambda: _resolved(settings, say)), say)
     group.refuse_different("work to do", work.plain_identity())
-    path = Path(group.from_first("where the store is", lambda: str(_place(work, say))))
+    path = place(group.from_first("where the store is", lambda: str(_place(work, say))))
     writer = group.one_by_one(lambda: _writer(path, work, group))
     capture = LazyCapture(
         work.host, work.points, work.packing, work.identity, settings.layout.dtype, say
@@ -192,9 +194,10 @@ def prepare(settings: CacheSettings, say: Callable[[str], None] = lambda _: None
     host.check_context(settings.context)
     skeleton = host.skeleton()
     points = resolve(settings.hooks, settings.layers, skeleton)
-    packing = resolve_packing(settings.pack, host.tokenizer, settings.context)
+    packing, notes = _packing(settings, source, host)
+    host.check_packing(packing.attend_across_documents, skeleton)
     vocab = encode_vocab(host.vocab())
-    for note in (*source.notes, f"hooks: {', '.join(p.name for p in points)}"):
+    for note in (*source.notes, *host.notes, *notes, f"hooks: {', '.join(p.name for p in points)}"):
         say(note)
     return Work(
         settings=settings,
@@ -207,7 +210,19 @@ def prepare(settings: CacheSettings, say: Callable[[str], None] = lambda _: None
     )
 
 
-def _writer(path: Path, work: Work, group: ranks.Ranks) -> StoreWriter:
+def _packing(settings: CacheSettings, source: Source, host: Host) -> tuple[Packing, list[str]]:
+    """How documents become contexts, and what should be said about it."""
+    if source.columns.messages is not None:
+        return resolve_chat(settings.pack, source.columns, settings.data, host, settings.context)
+    notes = []
+    if settings.data.chat_template is not None:
+        notes.append("data.chat_template has no effect on plain text; name data.messages_column")
+    if settings.pack.long_chat != "cut":
+        notes.append("pack.long_chat has no effect on plain text, which is packed")
+    return resolve_packing(settings.pack, host.tokenizer, settings.context), notes
+
+
+def _writer(path: Location, work: Work, group: ranks.Ranks) -> StoreWriter:
     """Rank 0 makes the store, the others must find it."""
     if not group.first and not (path / STORE_JSON).exists():
         raise StoreError(
@@ -217,14 +232,14 @@ def _writer(path: Path, work: Work, group: ranks.Ranks) -> StoreWriter:
     return StoreWriter(path, work.identity, {VOCAB_JSON: work.vocab})
 
 
-def _place(work: Work, say: Callable[[str], None]) -> Path:
-    """The folder to fill: the one asked for, the one in the catalog, or a new one."""
+def _place(work: Work, say: Callable[[str], None]) -> Location:
+    """The folder or prefix to fill: the one asked for, the one in the catalog, or a new one."""
     asked = work.settings.store
     catalog = Catalog(work.settings.catalog)
     known = catalog.same_work(work.identity)
     if asked is not None:
-        path = Path(asked).expanduser()
-        others = [k.entry for k in known if Path(k.entry.path) != path.resolve()]
+        path = place(asked)
+        others = [k.entry for k in known if k.entry.path != address(path)]
         if others and not (path / STORE_JSON).exists():
             say(
                 f"the same work exists already: {_held(others[0])}. store={asked} is made all the "
@@ -234,7 +249,7 @@ def _place(work: Work, say: Callable[[str], None]) -> Path:
     for entry in (k.entry for k in known):
         if continues(entry, work.identity, work.hook_ids):
             say(f"store from the catalog: {_held(entry)}")
-            return Path(entry.path)
+            return place(entry.path)
     path = home() / "stores" / short(work.identity.store_id)
     say(f"store: {path}")
     return path

@@ -25,7 +25,8 @@ MARKERS = (IM_START, IM_END, "<|vision_start|>", "<|vision_end|>", IMAGE, "<|vid
 # Of the form of Qwen2.5-VL's: a part with a key `image` is an image, whatever its type says.
 TEMPLATE = (
     "{% for m in messages %}"
-    "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}"
     "<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' or 'image' in c %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -65,6 +66,7 @@ def vision_host(folder):
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
         "bos_token_id": 0,
         "eos_token_id": 0,
+        "initializer_range": 0.3,  # attention, and so positions, matter
     }
     vision = {
         "depth": 2,
@@ -75,6 +77,7 @@ def vision_host(folder):
         "patch_size": 4,
         "window_size": 16,
         "fullatt_block_indexes": [1],
+        "initializer_range": 0.3,
     }
     config = Qwen2_5_VLConfig(
         text_config=text,

@@ -1,4 +1,4 @@
-"""Flags of the token table: who wrote a token, whether it is text or image, and what readers want."""
+"""Flags of the token table: who wrote a token, text or image, and what readers want."""
 
 from itertools import product
 
@@ -55,7 +55,7 @@ def test_tables_without_roles_and_images_read_as_before():
 
 
 def test_names_that_are_not_known():
-    with pytest.raises(SettingsError, match="expected names of none, system.*got 'assistent'"):
+    with pytest.raises(SettingsError, match=r"expected names of none, system.*got 'assistent'"):
         eligible(EVERY, roles=["assistent"])
     with pytest.raises(SettingsError, match="modality=video: expected all, text or image"):
         eligible(EVERY, modality="video")
