@@ -64,7 +64,7 @@ class WriteBehind:
         last_in_unit: bool,
     ) -> None:
         """Run one segment through the host and hand it to the writing thread."""
-        ranks.current().refuse_stopped()
+        ranks.current().heed()
         if kept := self._capture.kept.pop(segment_id(unit, index), None):
             tokens, acts = kept
             advance(len(tokens))

@@ -162,8 +162,9 @@ class Ranks:
         """Ask all ranks to end as on Ctrl-C, keeping what is committed."""
         self.store.set("stop", "1")
 
-    def refuse_stopped(self) -> None:
-        """KeyboardInterrupt if another rank was interrupted."""
+    def heed(self) -> None:
+        """KeyboardInterrupt if another rank was interrupted, OtherRankFailedError if one failed."""
+        self.refuse_failed()
         if self.size > 1 and self.store.check(["stop"]):
             raise KeyboardInterrupt
 
@@ -183,6 +184,7 @@ def _alone() -> Ranks:
 
 _current = _alone()
 _runs = 0
+_link: Store | None = None  # to the key-value store, which rank 0 may keep: for all of a process
 
 
 def speaks_for_all(error: Exception) -> bool:
@@ -217,7 +219,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
         yield _alone()
         return
     _runs += 1
-    ranks = Ranks(*_place(), _connect(timeout), timeout)
+    ranks = Ranks(*_place(), _connect(timeout, own=True), timeout)
     ended = threading.Event()
     try:
         ranks.gather()
@@ -234,6 +236,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
     finally:
         _current = _alone()
         ended.set()
+        _leave(ranks)
 
 
 def _tell(ranks: Ranks, error: BaseException) -> None:
@@ -246,10 +249,23 @@ def _tell(ranks: Ranks, error: BaseException) -> None:
         raise OtherRankFailedError("another rank failed") from error
 
 
+def _leave(ranks: Ranks) -> None:
+    """Rank 0 goes last where it keeps the store, so that the others can read why it ended."""
+    try:
+        ranks.store.set(f"left/{ranks.rank}", "1")
+        end = time.monotonic() + min(GRACE, ranks.timeout)
+        last = ranks.first and not _by_agent()
+        others = [f"left/{r}" for r in range(1, ranks.size)]
+        while last and not ranks.store.check(others) and time.monotonic() < end:
+            time.sleep(POLL)
+    except RuntimeError:  # the store is gone: so is the process that kept it
+        return
+
+
 def _watch(ranks: Ranks, timeout: float, ended: threading.Event) -> None:
     """End this process if another rank failed and this one is stuck in a collective with it."""
     try:
-        store = _connect(timeout)  # of its own: a waiting client is locked
+        store = _connect(timeout, own=False)  # another link: a waiting one is locked
         while not ended.wait(1.0):
             if store.add("failed", 0):
                 if not ended.wait(GRACE):
@@ -263,22 +279,39 @@ def _place() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def _connect(timeout: float) -> Store:
-    """The launcher's key-value store, or one that rank 0 keeps."""
+def _by_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connect(timeout: float, own: bool) -> Store:
+    """The launcher's key-value store, or one that rank 0 keeps: this process' link, or one more.
+
+    RankError if it cannot be reached within the timeout.
+    """
+    global _link
     missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
     if missing:
         raise RankError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set and {', '.join(missing)} is not: start "
             "the ranks with torchrun or accelerate launch"
         )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"actcache/{attempt}/{_runs}"
+    if not own:
+        return PrefixStore(prefix, _open(timeout, keep=False))
+    rank, _ = _place()
+    _link = _link or _open(timeout, keep=rank == 0 and not _by_agent())
+    return PrefixStore(prefix, _link)
+
+
+def _open(timeout: float, keep: bool) -> Store:
     rank, size = _place()
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = TCPStore(
+        return TCPStore(
             *address,
             size,
-            is_master=rank == 0 and not by_agent,
+            is_master=keep,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
             multi_tenant=True,
@@ -288,5 +321,3 @@ def _connect(timeout: float) -> Store:
             f"rank {rank} of {size} cannot reach rank 0 at {address[0]}:{address[1]} within "
             f"host.rank_timeout={timeout:g} s: {str(e).splitlines()[0]}"
         ) from e
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"actcache/{attempt}/{_runs}", store)
