@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from actcache.errors import ActcacheError
-from actcache.hooks import block_list, resolve
+from actcache.families import block_list
+from actcache.hooks import resolve
 from actcache.host import Host, HostSettings
 from actcache.run import CacheSettings, run
 from actcache.store import Store
@@ -28,7 +29,7 @@ from saetrain.evals.run import summary
 from saetrain.log import say, table
 from saetrain.runs import resolve_device
 from saetrain.saes import make_config
-from saetrain.saes.topk import TopKConfig
+from saetrain.saes.sae import AutoencoderConfig
 from saetrain.settings import TrainSettings
 from saetrain.trainer import TrainResult, train
 
@@ -40,7 +41,11 @@ LONGEST = 2048  # tokens of a context by default
 SEGMENT_ROWS = 131_072
 
 
-_HOMES: dict[str, Any] = {"cache": CacheSettings, "train": TrainSettings, "train.sae": TopKConfig}
+_HOMES: dict[str, Any] = {
+    "cache": CacheSettings,
+    "train": TrainSettings,
+    "train.sae": AutoencoderConfig,
+}
 
 
 def option(to: str, help: str, default: Any = ..., unset: str = "none") -> Any:
@@ -61,7 +66,7 @@ def default_of(path: str) -> Any:
 
 
 def home_of(path: str) -> Any:
-    """The dataclass at a dotted path, such as "train.optim"; for "train.sae" that of TopK."""
+    """The dataclass at a dotted path, such as "train.optim"; for "train.sae" that of the SAE."""
     if path in _HOMES:
         return _HOMES[path]
     parent, name = path.rsplit(".", 1)

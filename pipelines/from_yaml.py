@@ -29,10 +29,11 @@ TYPES: dict[str, Values] = {
     # Loss = MSE + λ·L1 with decoder rows of length 1, λ in force from the first step. Inputs are
     # scaled to mean norm √d, as everywhere here, so a λ means the same on every model and layer.
     "VanillaSAE": {
-        "name": "relu",
+        "name": "vanilla",
         "reconstruction": "mse",
-        "decoder_norm_weighted": False,
-        "l1_warmup_fraction": 0.0,
+        "penalty": {"warmup_fraction": 0.0},
+        "resample_every": None,
+        "init_bias": "mean",
     },
 }
 LATER = ("JumpReLUSAE", "GatedSAE", "MatryoshkaSAE", "RouteSAE", "RouteMatryoshkaSAE")

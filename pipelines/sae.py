@@ -56,6 +56,19 @@ class TrainConfig:
     auxk: int | None = option(
         "train.sae.aux_k", "dead latents in AuxK, 0 is off", unset="half the width"
     )
+    decoder_norm: Literal["unit", "free"] = option(
+        "train.sae.decoder_norm", "length of decoder rows"
+    )
+    resample_every: int | None = option(
+        "train.sae.resample_every", "steps after which dead latents get new weights", unset="never"
+    )
+    resample_times: int = option("train.sae.resample_times", "at most so often")
+    init_bias: Literal["mean", "geometric_median", "zero"] = option(
+        "train.sae.init_bias", "start of the decoder's bias"
+    )
+    init_encoder: Literal["tied", "random"] = option(
+        "train.sae.init_encoder", "start of the encoder"
+    )
     dead_feature_threshold: int = option(
         "train.sae.dead_after_tokens", "a latent silent for so many tokens counts as dead"
     )

@@ -27,6 +27,7 @@ from actcache.store.records import did_you_mean, keys_at
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.evals.run import evaluate_run, final_table, summary
 from saetrain.log import table
+from saetrain.presets import config_dir
 from saetrain.settings import TrainSettings
 from saetrain.trainer import TrainResult, train
 
@@ -43,15 +44,6 @@ class _Jobs:
 
     done: list[tuple[str, TrainResult]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
-
-
-def config_dir() -> Path:
-    """conf/ inside the installed package, or the checkout's."""
-    package = Path(__file__).resolve().parent
-    found = [d for d in (package / "conf", package.parent / "conf") if (d / "train.yaml").is_file()]
-    if not found:
-        raise ConfigError(f"no train.yaml in {package}/conf or {package.parent}/conf: reinstall")
-    return found[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

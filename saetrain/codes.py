@@ -76,6 +76,18 @@ def topk_codes(h: Tensor, k: int) -> SparseCodes:
     return SparseCodes(values.relu(), indices, h.shape[-1])
 
 
+def groupmax_codes(h: Tensor, k: int) -> SparseCodes:
+    """relu of the largest pre-activation in each of k runs of F/k latents, h (..., F)."""
+    size = h.shape[-1] // k
+    values, inside = h.reshape(*h.shape[:-1], k, size).max(-1)
+    return SparseCodes(values.relu(), inside + size * torch.arange(k, device=h.device), h.shape[-1])
+
+
+def jumprelu_codes(h: Tensor, threshold_F: Tensor) -> Tensor:
+    """relu(h) where h is above its threshold, dense (..., F)."""
+    return h.relu() * (h > threshold_F)
+
+
 def select_topk(
     x_BD: Tensor,
     W_enc_DF: Tensor,

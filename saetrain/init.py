@@ -2,7 +2,8 @@
 
 A dictionary whose encoder starts as the transpose of its decoder reconstructs something from step
 0 and leaves fewer latents dead (Gao et al. 2024, arXiv 2406.04093, app. A). The decoder bias starts
-at the mean of the data, known exactly from the store's statistics. Unit-norm rows stop the decoder
+at the mean of the data, known exactly from the store's statistics, or at the geometric median of
+the first batch, which outliers move less (Bricken et al. 2023). Unit-norm rows stop the decoder
 from growing while the latents shrink; the gradient's part along a row would only be undone by the
 renormalisation, so it is removed before the optimizer (and its momentum) sees it.
 
@@ -26,6 +27,29 @@ def transposed(W_dec_FE: Tensor) -> Tensor:
     """(E, F) contiguous copy: the tied start of an encoder, with memory of its own."""
     W_EF: Tensor = W_dec_FE.detach().T
     return W_EF.clone(memory_format=torch.contiguous_format)
+
+
+# Lengths that a search tries: 0.05 to 5, each 10 % above the one before.
+NORMS = tuple(0.05 * 1.1**i for i in range(49))
+
+
+@torch.no_grad()
+def geometric_median(x_BD: Tensor, steps: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """(D,): the point with the least sum of distances to the rows (Weiszfeld's iteration).
+
+    Starts at the mean and stops once a step is below `tolerance` of the mean distance. Rows that
+    coincide with the point count as if they were that close, so they do not divide by 0.
+    """
+    point_D = x_BD.mean(0)
+    scale = float((x_BD - point_D).norm(dim=1).mean())
+    for _ in range(steps):
+        weights_B = 1 / (x_BD - point_D).norm(dim=1).clamp(min=tolerance * scale)
+        next_D = (weights_B @ x_BD) / weights_B.sum()
+        moved = float((next_D - point_D).norm())
+        point_D = next_D
+        if moved <= tolerance * scale:
+            break
+    return point_D
 
 
 @torch.no_grad()

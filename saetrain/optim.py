@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,13 @@ class Optimizer:
             group["lr"] = self.lr * factor * own
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+
+    def forget(self, replaced: Mapping[str, tuple[Any, ...]]) -> None:
+        """Zero the moments of entries that got new values, given as parameter name -> index."""
+        for name, index in replaced.items():
+            for value in self.adam.state.get(self.named[name], {}).values():
+                if value.shape == self.named[name].shape:  # not the step count
+                    value[index] = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """State as `parameter/key` -> tensor, for safetensors."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from actcache.store.errors import SettingsError
 from actcache.store.records import build
 from saetrain.errors import ConfigError
+from saetrain.presets import label
 
 # Where a run is kept, watched and paid for; none of it reaches the weights or the numbers.
 # The store's path may change too: what must not change is its store_id (checked on resume).
@@ -192,7 +193,7 @@ class TrainSettings:
     @property
     def run_name(self) -> str:
         """`{sae_name or architecture-hook}-{8 hex}`."""
-        name = self.sae_name or re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.sae['name']}-{self.hook}")
+        name = self.sae_name or re.sub(r"[^A-Za-z0-9_.-]", "_", f"{label(self.sae)}-{self.hook}")
         return f"{name}-{self.result_key()[:8]}"
 
     @property

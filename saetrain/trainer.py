@@ -1,10 +1,10 @@
 """The training loop of one SAE, with a run folder around it that any kill leaves resumable.
 
-batch -> losses -> backward -> before_step -> clip -> step -> after_step -> note_firing. Numbers of
-a step stay on the device and are read together every `log_every` steps, so a GPU never waits for
-the log; the price is that a non-finite loss is noticed up to `log_every` steps late (the message
-names the step it happened at, and nothing is saved after it). On a CPU a run that was interrupted
-anywhere and continued gives the same weights and the same metric rows, bit for bit.
+batch -> losses -> backward -> before_step -> clip -> step -> after_step -> note_firing -> resample.
+Numbers of a step stay on the device and are read together every `log_every` steps, so a GPU never
+waits for the log; the price is that a non-finite loss is noticed up to `log_every` steps late (the
+message names the step it happened at, and nothing is saved after it). On a CPU a run that was
+interrupted anywhere and continued gives the same weights and the same metric rows, bit for bit.
 """
 
 from __future__ import annotations
@@ -167,6 +167,7 @@ class Trainer:
         optim.step(schedule_factor(self.step, self.n_steps, self.settings.schedule))
         sae.after_step()
         sae.note_firing(losses.codes)
+        optim.forget(sae.resample(batch.acts, progress))
         self.window.add(step_numbers(losses, total, norm))
         self.step += 1
 
@@ -258,7 +259,9 @@ class Trainer:
 
     def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Save the inference SAE, evaluate it on held-out documents, write eval.json."""
-        run_dir, sae = self.settings.run_dir, self.sae.to_inference()
+        run_dir = self.settings.run_dir
+        self.sae.calibrate(batch.acts for batch in self.source.held_out.one_pass())
+        sae = self.sae.to_inference()
         sae.save(run_dir / evals.SAE_FOLDER, source=record)
         metrics = evals.evaluate_with_baseline(
             sae, self.source, self.settings.eval, progress=self.settings.progress

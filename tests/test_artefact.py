@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "relu": {"activation": "relu"},
     "topk": {"activation": "topk", "k": 3},
     "jumprelu": {"activation": "jumprelu"},
+    "groupmax": {"activation": "groupmax", "k": 3},
     "transcoder": {"activation": "relu", "apply_b_dec_to_input": False},
 }
 
@@ -41,6 +42,9 @@ def encode_loop(sae: InferenceSAE, case: str, x: Tensor) -> Tensor:
     """Latents of one token (D,), one latent at a time."""
     shifted = x if case == "transcoder" else x - sae.b_dec
     h = [float(shifted @ sae.W_enc[:, i] + sae.b_enc[i]) for i in range(F)]
+    if case == "groupmax":
+        best = [max(range(i, i + 4), key=lambda j: h[j]) for i in (0, 4, 8)]
+        return torch.tensor([v if i in best and v > 0 else 0.0 for i, v in enumerate(h)])
     least = sorted(h)[-3] if case == "topk" else 0.0
     if case == "jumprelu":
         assert sae.threshold is not None
@@ -52,7 +56,7 @@ def encode_loop(sae: InferenceSAE, case: str, x: Tensor) -> Tensor:
 def test_maths(case: str) -> None:
     sae, x = make(case), torch.randn(2, 4, D)
     codes, out = sae.encode(x), sae(x)
-    assert isinstance(codes, SparseCodes) is (case == "topk")
+    assert isinstance(codes, SparseCodes) is (case in ("topk", "groupmax"))
     want = torch.stack([encode_loop(sae, case, row) for row in x.reshape(-1, D)])
     torch.testing.assert_close(dense(codes).reshape(-1, F), want)
     torch.testing.assert_close(out["sae_out"].reshape(8, -1), want @ sae.W_dec + sae.b_dec)
@@ -88,6 +92,7 @@ def test_json_says_all_that_is_needed_and_names_no_path(tmp_path: Path) -> None:
     text = (tmp_path / JSON_FILE).read_text()
     assert json.loads(text) == {
         "schema": 1,
+        "kind": "sae",
         "activation": "topk",
         "k": 3,
         "d_in": D,
@@ -96,6 +101,7 @@ def test_json_says_all_that_is_needed_and_names_no_path(tmp_path: Path) -> None:
         "hooks_in": ["resid.2"],
         "hooks_out": ["resid.2"],
         "apply_b_dec_to_input": True,
+        "options": {},
         "source": {},
     }
     assert str(tmp_path) not in text
@@ -138,11 +144,17 @@ def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
         ({"activaton": "relu"}, "unknown key 'activaton'. Did you mean activation"),
         ({"d_in": ...}, "missing: d_in"),
         ({"d_in": 0}, "d_in, d_out and n_latents: expected at least 1 each"),
-        ({"activation": "tanh"}, "activation: expected one of 'relu', 'topk', 'jumprelu'"),
+        ({"activation": "tanh"}, "activation: expected one of 'relu', 'topk', 'jumprelu', 'gr"),
         ({"activation": "relu"}, "activation=relu with k=3"),
         ({"k": None}, "activation=topk with k=None"),
         ({"k": 13}, "k=13: expected 1 to n_latents=12"),
         ({"d_out": 6}, "apply_b_dec_to_input needs equal widths, got 5 and 6"),
+        ({"kind": "saee"}, "kind='saee' is not known, expected one of gated, sae"),
+        ({"options": {"x": 1}}, "options: expected group_sizes or nothing, got ['x']"),
+        ({"options": {"group_sizes": [5, 6]}}, "options.group_sizes=[5, 6]: expected whole"),
+        ({"options": {"group_sizes": 12}}, "options.group_sizes=12: expected whole"),
+        ({"options": {"group_sizes": [True] * 12}}, "options.group_sizes=[True"),
+        ({"activation": "groupmax", "k": 5}, "k=5 groups do not divide n_latents=12"),
         ({"n_latents": 10**12}, "W_enc has shape (5, 12), expected (5, 1000000000000)"),
         ({"hooks_in": ["resid.9"]}, "not from the same save"),
     ],

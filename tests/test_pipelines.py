@@ -16,7 +16,7 @@ from actcache.sources import DataSettings
 from actcache.store import open_store
 from pipelines import both, sae
 from saetrain import TrainSettings, load_sae, train
-from saetrain.saes.topk import TopKConfig
+from saetrain.saes.sae import AutoencoderConfig
 from saetrain.settings import EvalSettings, OptimSettings, WandbSettings
 
 TINY = "--ctx_len 16 --batch_size 2 --k 4 --expansion_factor 2 --device cpu --eval_bootstrap 5"
@@ -84,10 +84,11 @@ def test_every_setting_is_an_option_of_the_command() -> None:
     # F45
     options = {p for f in dataclasses.fields(sae.TrainConfig) for p in f.metadata["to"]}
     every = leaves(CacheSettings, "cache") | leaves(TrainSettings, "train")
-    every |= leaves(TopKConfig, "train.sae")
+    every |= leaves(AutoencoderConfig, "train.sae") | {"train.sae.k"}  # short for activation.k
     decided = {
         *("cache.data.kind", "train.store", "train.hook", "train.snapshot", "train.sae"),
         *("train.optim.name", "train.schedule.name", "train.wandb.mode"),  # the last: by an option
+        *("train.sae.penalty", "train.sae.init_norm"),  # those of the preset
         "train.sae.hook_out",  # an autoencoder's output hook is its input
         "train.optim.lr_factors",
         "train.saes_path",  # this command trains TopK

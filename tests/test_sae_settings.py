@@ -14,9 +14,25 @@ import yaml
 from saes_reference import (
     space_of,
 )
-from test_saes import END, HOOK, RELU, ROOT, ROWS, SPACES, TOPK, D, Row, X
+from test_saes import (
+    END,
+    GATED,
+    HOOK,
+    JUMPRELU,
+    MATRYOSHKA,
+    RELU,
+    ROOT,
+    ROWS,
+    SPACES,
+    TOPK,
+    D,
+    Row,
+    X,
+)
 
 import saetrain.saes as saes
+from saetrain import presets
+from saetrain.activations import TopKConfig
 from saetrain.errors import ConfigError
 from saetrain.saes import load_all, make_config, make_sae
 from saetrain.saes.base import registry
@@ -35,7 +51,94 @@ BAD = {
     "alpha": (TOPK, {"auxk_alpha": -1.0}, "sae.auxk_alpha: expected 0 (off) or more, got -1.0"),
     "l1": (RELU, {"l1_coefficient": -0.1}, "sae.l1_coefficient: expected 0 or more, got -0.1"),
     "nan": (RELU, {"l1_coefficient": float("nan")}, "expected 0 or more, got nan"),
-    "warmup": (RELU, {"l1_warmup_fraction": 1.5}, "sae.l1_warmup_fraction: expected 0 to 1"),
+    "warmup": (
+        RELU,
+        {"penalty": {"warmup_fraction": 1.5}},
+        "sae.penalty.warmup_fraction: expected 0 to 1",
+    ),
+    "λ without penalty": (
+        TOPK,
+        {"l1_coefficient": 0.1},
+        "sae.l1_coefficient=0.1: this SAE has no sae.penalty. Remove it, or choose one",
+    ),
+    "λ of another penalty": (
+        JUMPRELU,
+        {"l1_coefficient": 0.1},
+        "sae.l1_coefficient=0.1 has no meaning with sae.penalty.name=l0; its weight is "
+        "sae.penalty.coefficient",
+    ),
+    "k without topk": (
+        TOPK,
+        {"activation": "relu", "penalty": {"name": "l1", "coefficient": 0.1}},
+        "sae.k=2 has no meaning with sae.activation.name=relu. Remove it, sae.k=null",
+    ),
+    "k twice": (
+        TOPK,
+        {"activation": {"name": "topk", "k": 3}},
+        "sae.k=2 and sae.activation.k=3 contradict each other",
+    ),
+    "l0 of topk": (
+        TOPK,
+        {"penalty": {"name": "l0", "coefficient": 0.1}},
+        "sae.penalty.name=l0 with sae.activation.name=topk",
+    ),
+    "no such activation": (
+        TOPK,
+        {"activation": "topkk"},
+        "sae.activation.name='topkk' is not known. Did you mean topk",
+    ),
+    "no such penalty": (
+        TOPK,
+        {"penalty": {"name": "l7", "coefficient": 0.1}},
+        "sae.penalty.name='l7' is not known",
+    ),
+    "typo in a part": (
+        JUMPRELU,
+        {"activation": {"bandwith": 0.1}},
+        "unknown key 'sae.activation.bandwith'. Did you mean bandwidth",
+    ),
+    "no coefficient": (TOPK, {"penalty": "l1"}, "missing: sae.l1_coefficient"),
+    "groups": (  # F24
+        MATRYOSHKA,
+        {"group_sizes": [8, 16]},
+        "sae.group_sizes=[8, 16] adds up to 24, expected sizes above 0 that add up to "
+        "sae.n_latents=48",
+    ),
+    "groups of eF": (
+        MATRYOSHKA,
+        {"group_sizes": [8, 16], "n_latents": None, "expansion_factor": 2},
+        "adds up to 24, expected sizes above 0 that add up to sae.n_latents=32",
+    ),
+    "groups twice": (MATRYOSHKA, {"random_prefixes": 3}, "not both"),
+    "one prefix": (
+        MATRYOSHKA,
+        {"group_sizes": None, "random_prefixes": 1},
+        "sae.random_prefixes: expected at least 2, got 1",
+    ),
+    "too few for groups": (
+        MATRYOSHKA,
+        {"group_sizes": None, "n_latents": 31},
+        "sae.n_latents=31 is too few for the default groups",
+    ),
+    "groupmax": (
+        TOPK,
+        {"activation": {"name": "groupmax"}, "k": 5},
+        "sae.k=5 does not divide sae.n_latents=48",
+    ),
+    "auxk of gated": (GATED, {"auxk_alpha": 0.1}, "sae.auxk_alpha=0.1 with sae.name=gated"),
+    "gate": (GATED, {"gate_alpha": 0.0}, "sae.gate_alpha: expected more than 0, got 0.0"),
+    "bandwidth": (
+        JUMPRELU,
+        {"activation": {"bandwidth": 0.0}},
+        "sae.activation.bandwidth: expected more than 0, got 0.0",
+    ),
+    "p": (
+        RELU,
+        {"penalty": {"name": "lp", "coefficient": 0.1, "p": 2}, "l1_coefficient": None},
+        "sae.penalty.p: expected above 0 and up to 1, got 2",
+    ),
+    "init": (TOPK, {"init_norm": 0.0}, "sae.init_norm: expected more than 0 or 'search', got 0.0"),
+    "resample": (TOPK, {"resample_every": 0}, "sae.resample_every: expected at least 1, got 0"),
 }
 EVERY = {
     "neither": ({"n_latents": None}, "exactly one of n_latents and expansion_factor"),
@@ -44,22 +147,65 @@ EVERY = {
     "typo": ({"n_latent": 9}, "unknown key 'sae.n_latent'. Did you mean n_latents"),
     "type": ({"dead_after_tokens": "many"}, "sae.dead_after_tokens: expected a whole number"),
     "choice": ({"scale": "sqrt"}, "sae.scale: expected one of 'none', 'sqrt_d', 'unit'"),
-    "transcoder": ({"hook_out": "mlp.3"}, "sae.hook_out='mlp.3' differs from the input hook"),
+    "other hook": ({"hook_out": "mlp.3"}, "sae.hook_out='mlp.3' differs from the input hook"),
 }
 ALL_BAD = [(f"{n}", r, v, m) for n, (r, v, m) in BAD.items()]
-ALL_BAD += [(f"{n}-{r.name}", r, v, m) for n, (v, m) in EVERY.items() for r in (TOPK, RELU)]
+ALL_BAD += [(f"{n}-{r.name}", r, v, m) for n, (v, m) in EVERY.items() for r in (TOPK, GATED)]
 
 
-@pytest.mark.parametrize(("row", "values", "message"), [b[1:] for b in ALL_BAD], ids=lambda v: "")
+@pytest.mark.parametrize(
+    ("row", "values", "message"), [b[1:] for b in ALL_BAD], ids=[b[0] for b in ALL_BAD]
+)
 def test_bad_settings(row: Row, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         row.make(**values)
     assert message in str(error.value)
 
 
-def test_k_has_no_default() -> None:
+def test_k_has_no_default_but_a_preset_has() -> None:
     with pytest.raises(ConfigError, match=r"missing: sae\.k"):
-        make_config({"name": "topk", "n_latents": 8})
+        make_config({"name": "sae", "n_latents": 8, "activation": "topk"})
+    assert make_config({"name": "topk", "n_latents": 64}).activation.k == 32
+
+
+def test_presets_in_python_are_those_of_the_command() -> None:
+    for name in presets.names():
+        values = presets.preset(name)
+        assert make_config({"name": name}) == make_config(values), name
+        assert make_config({"name": name, "n_latents": 99}).n_latents == 99
+        assert make_config({"name": name, "expansion_factor": 3}).n_latents is None
+
+
+def test_parts_replace_or_change_those_of_a_preset() -> None:
+    changed = make_config({"name": "batchtopk", "activation": {"threshold_decay": 0.5}})
+    assert (changed.activation.k, changed.activation.threshold_decay) == (32, 0.5)
+    tanh = {"name": "tanh", "coefficient": 0.1}
+    replaced = make_config({"name": "vanilla", "activation": "jumprelu", "penalty": tanh})
+    assert (replaced.activation.name, replaced.penalty.name) == ("jumprelu", "tanh")
+    assert make_config({"name": "topk", "activation": {"k": 7}}).activation.k == 7
+    built = make_config({"name": "sae", "n_latents": 9, "activation": TopKConfig(k=4)})
+    assert built.activation == TopKConfig(k=4)
+    with pytest.raises(ConfigError, match="finished TopKConfig; set it there"):
+        make_config({"name": "sae", "n_latents": 9, "activation": TopKConfig(k=4), "k": 3})
+
+
+def test_no_sparsity_is_said_aloud() -> None:
+    with pytest.warns(
+        UserWarning, match=r"nothing makes latents sparse: sae\.activation\.name=relu"
+    ):
+        make_config({"name": "vanilla", "penalty": "none"})
+    with pytest.warns(UserWarning, match="one group: this is a plain SAE"):
+        make_config({"name": "matryoshka", "n_latents": 8, "k": 2, "group_sizes": [8]})
+
+
+def test_a_short_name_for_run_folders() -> None:
+    for values, name in (
+        ({"name": "topk"}, "topk"),
+        ({"name": "sae", "activation": {"name": "relu"}}, "relu"),
+        ({"name": "sae", "activation": "jumprelu"}, "jumprelu"),
+        ({"name": "gated", "activation": {"name": "relu"}}, "gated"),
+    ):
+        assert presets.label(values) == name
 
 
 def test_an_unknown_architecture_names_the_nearest() -> None:
@@ -90,12 +236,12 @@ def test_an_option_without_effect_is_said_aloud() -> None:
     assert "auxk" not in sae.losses({HOOK: X[:4]}, END).terms
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert TOPK.make(auxk_alpha=0.0).aux_k == 0
+        assert TOPK.make(auxk_alpha=0.0, aux_k=None).aux_k == 0
 
 
 def test_aux_k_defaults_to_half_the_width_within_the_latents() -> None:
-    assert TOPK.make().aux_k == D // 2
-    assert TOPK.make(n_latents=3).aux_k == 3
+    assert TOPK.make(aux_k=None).aux_k == D // 2
+    assert TOPK.make(n_latents=3, aux_k=None).aux_k == 3
     assert TOPK.make(aux_k=1000).aux_k == 48
 
 
@@ -106,21 +252,29 @@ def test_files_configs_and_rows_agree() -> None:
     files = {p.stem for p in (ROOT / "saetrain/saes").glob("*.py")}
     names = files - {"base", "__init__", "__main__"}
     configs = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / "conf/sae").glob("*.yaml")}
-    assert names == set(configs) == {row.name for row in ROWS}
+    assert {values["name"] for values in configs.values()} == names
+    assert {row.name for row in ROWS} - {"sae"} == set(configs)  # every preset has a row
+    assert {row.make().name for row in ROWS} == names
     for stem, values in configs.items():
-        assert values["name"] == stem
-        fields = dataclasses.fields(load_all()[stem].Config)
-        assert set(values) - {"name"} == {f.name for f in fields}
-        for f in (f for f in fields if f.default not in (dataclasses.MISSING, None)):
-            assert values[f.name] == f.default, f"{stem}.yaml and the class differ in {f.name}"
-        make_config(values)
+        fields = {f.name for f in dataclasses.fields(load_all()[values["name"]].Config)}
+        short = set(presets.SHORT) if "activation" in fields else set()
+        assert fields <= set(values) - {"name"} <= fields | short, stem
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/sae").glob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_spell_out_every_key_of_their_parts(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    config, shown = make_config(values), dict(values)
+    for part in (p for p in presets.PARTS if values.get(p)):
+        short = {k for s, (p, k) in presets.SHORT.items() if p == part and s in values}
+        built = {f.name for f in dataclasses.fields(getattr(config, part))}
+        assert set(shown[part]) | short == built, f"{path.name}: {part}"
 
 
 CUSTOM = '''
 from dataclasses import dataclass
 import torch
 from torch import nn
-from saetrain.artefact import fold
 from saetrain.losses import reconstruction
 from saetrain.saes.base import SAE, Losses, SAEConfig, register
 
@@ -199,6 +353,9 @@ def test_a_missing_saes_path_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("own_names")
 def test_a_taken_name_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "thief.py").write_text(CUSTOM.replace("linear_{suffix}", "gated").format())
+    with pytest.raises(ConfigError, match=r"'gated' is taken by saetrain\.saes\.gated\.Gated"):
+        load_all([tmp_path])
     (tmp_path / "thief.py").write_text(CUSTOM.replace("linear_{suffix}", "topk").format())
-    with pytest.raises(ConfigError, match=r"'topk' is taken by saetrain\.saes\.topk\.TopK"):
+    with pytest.raises(ConfigError, match=r"'topk' is taken by the preset conf/sae/topk\.yaml"):
         load_all([tmp_path])

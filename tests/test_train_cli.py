@@ -72,7 +72,7 @@ def composed(*overrides: str) -> TrainSettings:
 def test_yaml_and_dataclass_have_the_same_defaults() -> None:
     got = composed("store=x", "epochs=1")
     assert got == TrainSettings(store="x", epochs=1, sae=got.sae)
-    assert got.sae["name"] == "topk"
+    assert (got.sae["name"], got.sae["activation"], got.sae["k"]) == ("sae", {"name": "topk"}, 32)
 
 
 def test_no_folder_of_conf_has_the_name_of_a_plain_setting() -> None:
@@ -247,7 +247,7 @@ def test_help_explains(here: Path, capsys) -> None:
     for word in (
         "+experiment=topk_demo",
         "saetrain evaluate RUN_DIR",
-        "sae: relu, topk",
+        "sae: batchtopk, gated, jumprelu, matryoshka, p_anneal, relu, topk, vanilla",
         "seed: 0",
     ):
         assert word in out

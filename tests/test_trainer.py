@@ -170,11 +170,11 @@ def test_the_report_is_written_for_the_run(store: Path, tmp_path: Path) -> None:
 def test_init_from_data_comes_once_and_before_the_first_step(
     store: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from saetrain.saes.topk import TopK
+    from saetrain.saes.sae import Autoencoder
 
     calls: list[int] = []
     monkeypatch.setattr(
-        TopK, "init_from_data", lambda self, acts: calls.append(len(acts["resid.2"]))
+        Autoencoder, "init_from_data", lambda self, acts: calls.append(len(acts["resid.2"]))
     )
     cfg = settings(store, tmp_path)
     interrupted(cfg, 3)

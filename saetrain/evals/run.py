@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.store import Snapshot
-from saetrain.artefact import InferenceSAE, load_sae
+from saetrain.artefact import Inference, load_sae
 from saetrain.errors import TrainingError
 from saetrain.evals import pca, reconstruction
 from saetrain.log import say, table, watched
@@ -33,7 +33,7 @@ EVAL, SAE_FOLDER = "eval.json", "sae"
 
 
 def evaluate_sae(
-    sae: InferenceSAE, source: Source, settings: EvalSettings, *, progress: bool = False
+    sae: Inference, source: Source, settings: EvalSettings, *, progress: bool = False
 ) -> dict[str, Any]:
     """Held-out metrics of `sae` (see `saetrain.evals.reconstruction`)."""
     return reconstruction.evaluate(
@@ -41,14 +41,14 @@ def evaluate_sae(
         _held_out(source, settings, "evaluate", progress),
         hook_in=source.hook_in,
         hook_out=source.hook_out,
-        reference=source.train.space(source.hook_out).mean.to(sae.W_enc.device),
+        reference=source.train.space(source.hook_out).mean.to(sae.device),
         tokens=settings.tokens,
         bootstrap=settings.bootstrap,
     )
 
 
 def evaluate_with_baseline(
-    sae: InferenceSAE, source: Source, settings: EvalSettings, *, progress: bool = False
+    sae: Inference, source: Source, settings: EvalSettings, *, progress: bool = False
 ) -> dict[str, Any]:
     """Held-out metrics, and `pca`: the same rows through a PCA of rank round(L0).
 
@@ -59,7 +59,7 @@ def evaluate_with_baseline(
     result["pca"] = None
     if settings.pca_tokens and source.hook_in == source.hook_out:
         hook, limit = source.hook_in, settings.pca_tokens
-        reference = source.train.space(hook).mean.to(sae.W_enc.device)
+        reference = source.train.space(hook).mean.to(sae.device)
         source.train.load_state_dict(source.start)
         epoch = islice(source.train, source.train.batches_per_epoch)
         rows = watched(epoch, "fit PCA", min(limit, source.train.n_rows), progress)

@@ -17,6 +17,7 @@ from typing import Any
 from actcache.store.errors import SettingsError
 from actcache.store.records import build as build_record
 from actcache.store.records import did_you_mean
+from saetrain import presets
 from saetrain.errors import ConfigError
 from saetrain.saes.base import SAE, HookSpace, SAEConfig, registry
 
@@ -43,13 +44,11 @@ def load_all(saes_path: Iterable[str | Path] = ()) -> Mapping[str, type[SAE]]:
 
 
 def make_config(values: Mapping[str, Any], saes_path: Iterable[str | Path] = ()) -> SAEConfig:
-    """The architecture's config from `{"name": "topk", ...}`; unknown keys raise ConfigError."""
-    cls = _find(str(values.get("name")), saes_path)
-    rest = {k: v for k, v in values.items() if k != "name"}
-    try:
-        return build_record(cls.Config, rest, "sae")
-    except SettingsError as e:
-        raise ConfigError(f"{e} (sae.name={cls.name})") from None
+    """The architecture's config from `{"name": "topk", ...}`; unknown keys raise ConfigError.
+
+    `name` is an architecture or a preset; see `saetrain.presets` for presets and short forms.
+    """
+    return _resolve(values, saes_path)[1]
 
 
 def make_sae(
@@ -58,18 +57,28 @@ def make_sae(
     saes_path: Iterable[str | Path] = (),
 ) -> SAE:
     """Build an SAE by name for the given hooks. Weights come from torch's global generator."""
-    cfg = make_config(values, saes_path)
-    return _find(str(values["name"]), saes_path)(cfg, spaces)
+    cls, cfg = _resolve(values, saes_path)
+    return cls(cfg, spaces)
 
 
-def _find(name: str, saes_path: Iterable[str | Path]) -> type[SAE]:
+def _resolve(
+    values: Mapping[str, Any], saes_path: Iterable[str | Path]
+) -> tuple[type[SAE], SAEConfig]:
     known = load_all(saes_path)
+    values = presets.with_preset(values)
+    name = str(values.pop("name", None))
     if name not in known:
+        every = sorted({*known, *presets.names()})
         raise ConfigError(
-            f"sae.name={name!r} is not a known architecture.{did_you_mean(name, known)} "
-            f"Known: {', '.join(sorted(known))}. Your own: put its file in saes_path=[...]"
+            f"sae.name={name!r} is not a known architecture or preset.{did_you_mean(name, every)} "
+            f"Known: {', '.join(every)}. Your own: put its file in saes_path=[...]"
         )
-    return known[name]
+    cls = known[name]
+    presets.check_keys(values, cls.Config)
+    try:
+        return cls, build_record(cls.Config, presets.expand(values, cls.Config), "sae")
+    except SettingsError as e:
+        raise ConfigError(f"{e} (sae.name={name})") from None
 
 
 def _import_file(path: Path) -> None:

@@ -16,18 +16,23 @@ Shapes: B tokens in a batch, D input width (d_in), E output width (d_out), F lat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from saetrain import presets
 from saetrain.codes import Codes, SparseCodes, dense, firing_counts
 from saetrain.errors import ConfigError
+from saetrain.progress import Progress as Progress
 
 if TYPE_CHECKING:
-    from saetrain.artefact import InferenceSAE
+    from saetrain.artefact import Inference
+
+# Parameter name -> index of the entries that `SAE.resample` replaced, such as (..., latents).
+Replaced = dict[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +44,6 @@ class HookSpace:
     mean: Tensor  # (d,) float32
     mean_norm: float  # E||x||
     variance: float  # E||x - mean||^2, summed over the d channels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where training stands; schedules inside an SAE depend on this and nothing else."""
-
-    step: int
-    n_steps: int
-    tokens: int  # trained on so far, this batch included
-
-    @property
-    def fraction(self) -> float:
-        return min(1.0, self.step / max(1, self.n_steps))
 
 
 @dataclass(frozen=True)
@@ -71,6 +63,9 @@ class Losses:
 class SAEConfig:
     """What every architecture takes; each adds its own fields."""
 
+    # Fields that name hooks: aliases in them are replaced by the stored names before training.
+    HOOK_FIELDS: ClassVar[tuple[str, ...]] = ("hook_out",)
+
     n_latents: int | None = None  # F; give this or expansion_factor
     expansion_factor: int | None = None  # F = expansion_factor * d_in
     hook_out: str | None = None  # reconstructed hook; None: the input hook
@@ -89,6 +84,10 @@ class SAEConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"sae.{name}: expected at least 1, got {value}")
+
+    def hooks(self, hook: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(input hooks, output hooks) in a run with this `hook`; all are read, row by row."""
+        return (hook,), (self.hook_out or hook,)
 
     def latents(self, d_in: int) -> int:
         """F for an input of width d_in."""
@@ -113,10 +112,8 @@ class SAE(nn.Module, ABC):
         """`spaces` is keyed by hook name in input order; the first one is the input hook."""
         super().__init__()
         self.cfg = cfg
-        hook_in = next(iter(spaces))
-        self.hooks_in: tuple[str, ...] = (hook_in,)
-        self.hooks_out: tuple[str, ...] = (cfg.hook_out or hook_in,)
-        space = spaces[hook_in]
+        self.hooks_in, self.hooks_out = cfg.hooks(next(iter(spaces)))
+        space = spaces[self.hooks_in[0]]
         _check_space(space, cfg)
         self.d_in = space.d
         self.n_latents = cfg.latents(space.d)
@@ -158,6 +155,16 @@ class SAE(nn.Module, ABC):
     def init_from_data(self, acts: Mapping[str, Tensor]) -> None:
         """Called once with the first batch, before the first step. Default: nothing."""
 
+    def resample(self, acts: Mapping[str, Tensor], progress: Progress) -> Replaced:
+        """Called after every step with its batch: may give dead latents new weights.
+
+        Returns what was replaced, so that the optimizer forgets its moments there. Default: {}.
+        """
+        return {}
+
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Called once after the last step with held-out batches. Default: reads none."""
+
     def before_step(self) -> None:
         """Called between backward and the optimizer step, e.g. to project gradients."""
 
@@ -177,7 +184,7 @@ class SAE(nn.Module, ABC):
         return self.tokens_since_fired > self.cfg.dead_after_tokens
 
     @abstractmethod
-    def to_inference(self) -> InferenceSAE:
+    def to_inference(self) -> Inference:
         """Folded weights in raw units; encode and decode agree with this module's."""
 
     # -- shared helpers ---------------------------------------------------------------------------
@@ -197,8 +204,7 @@ def check_autoencoder(cfg: SAEConfig, spaces: Mapping[str, HookSpace], name: str
     if cfg.hook_out not in (None, hook_in):
         raise ConfigError(
             f"sae.hook_out={cfg.hook_out!r} differs from the input hook {hook_in!r}: "
-            f"sae.name={name} reconstructs its own input, and transcoders are not in this "
-            "version. Remove sae.hook_out"
+            f"sae.name={name} reconstructs its own input. Remove sae.hook_out"
         )
     if len(spaces) > 1:
         raise ConfigError(f"sae.name={name} reads one hook, got {len(spaces)}: {', '.join(spaces)}")
@@ -237,6 +243,8 @@ def register(name: str, config: type[SAEConfig]) -> Callable[[S], S]:
             cls.__qualname__,
         ):
             raise ConfigError(f"SAE name {name!r} is taken by {old.__module__}.{old.__qualname__}")
+        if name in presets.names() and presets.preset(name)["name"] != name:
+            raise ConfigError(f"SAE name {name!r} is taken by the preset conf/sae/{name}.yaml")
         cls.name, cls.Config = name, config
         _REGISTRY[name] = cls
         return cls
