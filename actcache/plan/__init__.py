@@ -23,14 +23,14 @@ from collections.abc import Sequence
 
 from actcache.hooks import resolve
 from actcache.plan.cost import plan_break_even, plan_notes, plan_time
-from actcache.plan.disk import hook_infos, layout_fields, plan_disk, segment_sizes, shard_bytes
+from actcache.plan.disk import hook_bytes, hook_infos, layout_fields, plan_disk, segment_sizes
 from actcache.plan.model import Shape, architecture_of, hook_widths, plan_memory
 from actcache.plan.records import Assumptions, Plan, PlanSettings
 from actcache.plan.table import table
 from actcache.run import CacheSettings
 from actcache.store import Layout
 
-__all__ = ["Assumptions", "Plan", "PlanSettings", "plan", "shard_bytes", "table"]
+__all__ = ["Assumptions", "Plan", "PlanSettings", "hook_bytes", "plan", "table"]
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections import Counter
 from dataclasses import asdict, replace
@@ -18,8 +19,10 @@ from actcache.plan.records import (
 )
 from actcache.run import LayoutSettings
 from actcache.store import HookInfo, Layout, SettingsError, TokenTable
+from actcache.store.calibrations import CalibrationRecord
 from actcache.store.canaries import CONTEXTS, MAX_TOKENS, CanaryRecord
-from actcache.store.encode import encode_acts, encode_group, encode_tokens
+from actcache.store.encode import encode_acts, encode_group, encode_int8, encode_tokens
+from actcache.store.int8 import Calibration, Int8Rows
 from actcache.store.layout import (
     CANARIES,
     DTYPES,
@@ -31,6 +34,7 @@ from actcache.store.layout import (
 from actcache.store.schema import (
     Commit,
     CommittedHook,
+    Quantised,
     SnapshotEntry,
     SnapshotRecord,
     StoredObject,
@@ -40,6 +44,7 @@ from actcache.store.stats import HookStats
 
 _DIGEST = "sha256:" + 64 * "0"
 _STORE_JSON = 2_600  # store.json holds identities, whatever the size of the run
+_ERROR = Quantised(calibration=_DIGEST, fvu=1e-4 / math.pi, max_relative_error=0.1 / math.pi)
 _WRITER = {"versions": versions(), "device": "cuda:0"}  # as long as any
 _VOCAB_ENTRY = 11  # bytes of one token in vocab.json
 
@@ -74,35 +79,48 @@ def hook_infos(
     ]
 
 
-def shard_bytes(rows: int, info: HookInfo) -> int:
-    """Size of one hook's file in a segment of `rows` rows (FORMAT.md, Arrays)."""
-    chunks = -(-rows // info.chunk_rows)
-    return chunks * (info.chunk_rows * info.d * DTYPES[info.dtype].itemsize + 4) + 16 * chunks + 4
+def hook_bytes(rows: int, info: HookInfo) -> int:
+    """Size of one hook's data in a segment of `rows` rows (FORMAT.md, Arrays)."""
+    return sum(info.files(rows).values())
 
 
 def _metadata(rows: int, hooks: list[HookInfo]) -> int:
     """Bytes of the zarr.json of a segment: encoded for one row, then the digits of real shapes."""
     one = TokenTable(*(np.zeros(1, dtype) for dtype in TOKEN_COLUMNS.values()))
-    parts = [encode_group("x"), encode_group("x/tokens"), encode_group("x/acts")]
+    parts = [encode_group(f"x{part}") for part in ("", "/tokens", *_groups(hooks))]
     parts.append(encode_tokens("x/tokens", one))
     more = 2 * len(TOKEN_COLUMNS) * (len(str(rows)) - 1)  # shape and chunk of each column
     for info in hooks:
-        row = np.zeros((1, info.d), DTYPES[info.dtype])
-        parts.append(encode_acts("x/acts", row, replace(info, chunk_rows=1)))
+        row, small = np.zeros((1, info.d), DTYPES[info.dtype]), replace(info, chunk_rows=1)
         shard = -(-rows // info.chunk_rows) * info.chunk_rows
-        more += sum(len(str(n)) - 1 for n in (rows, shard, info.chunk_rows))
+        digits = sum(len(str(n)) - 1 for n in (rows, shard, info.chunk_rows))
+        if info.dtype == "int8":
+            one_D = np.ones(info.d, np.float32)
+            made = Int8Rows(row, np.zeros(1, np.float32), Calibration(one_D, one_D))
+            parts.append(encode_int8("x", made, small))
+            more += 2 * digits  # the scales are cut at the same rows
+        else:
+            parts.append(encode_acts("x/acts", row, small))
+            more += digits
     return more + sum(len(b) for part in parts for key, b in part if key.endswith(".json"))
+
+
+def _groups(hooks: list[HookInfo]) -> list[str]:
+    """The groups that hold arrays of hooks."""
+    int8 = any(h.dtype == "int8" for h in hooks)
+    return ["/acts", "/scales", "/calibration"] if int8 else ["/acts"]
 
 
 def _objects(folder: str, rows: int, hooks: list[HookInfo]) -> tuple[StoredObject, ...]:
     """What a record says of the files of a zarr group."""
-    sizes = {f"{folder}{part}/zarr.json": 1000 for part in ("", "/tokens", "/acts")}
+    sizes = {f"{folder}{part}/zarr.json": 1000 for part in ("", "/tokens", *_groups(hooks))}
     for name, dtype in TOKEN_COLUMNS.items():
         sizes[f"{folder}/tokens/{name}/zarr.json"] = 1000
         sizes[f"{folder}/tokens/{name}/c/0"] = rows * dtype.itemsize + 4
     for info in hooks:
-        sizes[f"{folder}/acts/{info.key}/zarr.json"] = 1000
-        sizes[f"{folder}/acts/{info.key}/c/0/0"] = shard_bytes(rows, info)
+        for key, size in info.files(rows).items():
+            sizes[f"{folder}/{key.partition('/c/')[0]}/zarr.json"] = 1000
+            sizes[f"{folder}/{key}"] = size
     return tuple(StoredObject(key=k, bytes=n, sha256=_DIGEST) for k, n in sizes.items())
 
 
@@ -122,7 +140,8 @@ def _commit(rows: int, hooks: list[HookInfo]) -> Commit:
         documents=max(1, rows // 500),
         token_digest=_DIGEST,
         hooks=tuple(
-            CommittedHook(info=h, plain=s, all=s) for h, s in zip(hooks, stats, strict=True)
+            CommittedHook(info=h, plain=s, all=s, int8=_ERROR if h.dtype == "int8" else None)
+            for h, s in zip(hooks, stats, strict=True)
         ),
         objects=_objects(folder, rows, hooks),
         writer=_WRITER,
@@ -149,8 +168,16 @@ def _canary(first: int, hooks: list[HookInfo], layout: Layout) -> int:
         objects=_objects(folder, rows, hooks),
         writer=_WRITER,
     )
-    arrays = sum(shard_bytes(rows, h) for h in hooks) + _token_bytes(rows)
+    arrays = sum(hook_bytes(rows, h) for h in hooks) + _token_bytes(rows)
     return arrays + _metadata(rows, hooks) + len(dump(record.sealed()))
+
+
+def _calibration(info: HookInfo) -> int:
+    """Bytes of the record that writers agree on before the first segment."""
+    values = base64.b64encode(bytes(2 * info.d * 4)).decode()
+    return len(
+        dump(CalibrationRecord(activation_id=_DIGEST, rows=10**6, values=values, digest=_DIGEST))
+    )
 
 
 def _token_bytes(rows: int) -> int:
@@ -186,7 +213,7 @@ def plan_disk(
             d=h.d,
             chunk_rows=h.chunk_rows,
             chunks=sum(many * -(-n // h.chunk_rows) for n, many in sizes.items()),
-            bytes=sum(many * shard_bytes(n, h) for n, many in sizes.items()),
+            bytes=sum(many * hook_bytes(n, h) for n, many in sizes.items()),
         )
         for h in hooks
     )
@@ -200,10 +227,15 @@ def plan_disk(
         "canary": _canary(first, hooks, layout),
         "identity": _STORE_JSON + _VOCAB_ENTRY * vocab,
     }
+    calibrations = [h for h in hooks if h.dtype == "int8"]
+    parts["identity"] += sum(map(_calibration, calibrations))
     disk = DiskPlan(
         rows=sum(n * many for n, many in sizes.items()),
         segments=sizes.total(),
-        files=(sizes.total() + 1) * (len(commit.objects) + 1) + 3,  # the canary is a group too
+        # The canary is a group too, in float32.
+        files=sizes.total() * (len(commit.objects) + 1)
+        + (len(_objects("x", 1, [replace(h, dtype="float32") for h in hooks])) + 1)
+        + (3 + len(calibrations)),
         bytes=sum(parts.values()),
         **parts,
     )

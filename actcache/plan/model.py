@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 from actcache import host as hosts
+from actcache.calibrate import KEEP_BYTES
 from actcache.demo import demo_paths
 from actcache.errors import HookError, HostError
 from actcache.families import block_list, deepest_block
@@ -30,6 +31,7 @@ from actcache.plan.records import (
 )
 from actcache.run import CacheSettings
 from actcache.store import HookInfo
+from actcache.store.int8 import CALIBRATION_ROWS
 from actcache.store.layout import (
     DTYPES,
 )
@@ -211,7 +213,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """GPU: the widest point of a block is four tensors as wide as the MLP, or queries, keys and
     values beside their rotated and repeated copies, above the residual stream. Host: the segments
-    in flight, the permuted copy of one, and twice the shard that is being encoded.
+    in flight, the permuted copy of one, and twice the shard that is being encoded; of int8 also the
+    rows that were computed to calibrate.
 
     Against measurement: 0.95 to 1.7 times the tensors that are alive at once in GPT-2, GPT-NeoX,
     Llama, Gemma 3, Qwen3-MoE and Mixtral; 1.0 to 1.15 times the growth of a process on the CPU.
@@ -225,13 +228,16 @@ def plan_memory(
     if (shape.attention if asked == "auto" else asked) == "eager":
         activations += contexts * shape.text.num_attention_heads * T * T * (size + 4)
     widths = [h.d for h in hooks]
-    stored = DTYPES[settings.layout.dtype].itemsize
+    dtype = settings.layout.dtype  # rows wait in it; those of int8 in the host's type
+    stored = size if dtype == "int8" else DTYPES[dtype].itemsize
     buffers = contexts * T * (2 * sum(widths) * size + max(widths) * stored)
     gathered = shape.gathered * size
     replicated = model.weights + activations + buffers
     zero3 = -(-model.weights // a.gpus) + gathered + activations + buffers
     room = a.gpu_gib * 2**30 * (1 - a.gpu_spare)
     row, flying = settings.layout.segment_rows * stored, WRITES + 1
+    rows = min(CALIBRATION_ROWS, settings.tokens or CALIBRATION_ROWS)  # of the calibration
+    kept = min(KEEP_BYTES, rows * stored * sum(widths)) if dtype == "int8" else 0
     return MemoryPlan(
         gathered=gathered,
         activations=activations,
@@ -241,5 +247,5 @@ def plan_memory(
         replicated_fits=replicated <= room,
         zero3_fits=zero3 <= room,
         segments_in_flight=flying,
-        segment_buffers=row * ((flying + 1) * sum(widths) + 2 * max(widths)),
+        segment_buffers=row * ((flying + 1) * sum(widths) + 2 * max(widths)) + kept,
     )

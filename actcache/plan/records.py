@@ -78,7 +78,7 @@ class DiskPlan:
     commits: int
     snapshot: int  # one snapshot
     canary: int  # a few contexts in float32
-    identity: int  # store.json and vocab.json
+    identity: int  # store.json, vocab.json, calibrations
 
 
 @dataclass(frozen=True, kw_only=True)
