@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from actcache.errors import HostError
 from actcache.families import is_causal
+from actcache.store import FLAG_BOS, FLAG_DOC_START
 
 Masks = Tensor | dict[str, Tensor]
 # Relative error of a document's median token against the document alone, by number type.
@@ -60,6 +61,14 @@ def document_masks(
     }
     masks: Masks = found if len(found) > 1 else next(iter(found.values()))
     return masks, positions_BT.to(device)
+
+
+def document_starts(flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Where the documents of a context begin; a BOS in front goes with the first of them."""
+    starts: NDArray[np.bool_] = (flags & FLAG_DOC_START) != 0
+    if len(flags) > 1 and flags[0] & FLAG_BOS:
+        starts[1] = False
+    return starts
 
 
 def _documents(starts: Sequence[NDArray[np.bool_]]) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from actcache.errors import HookError, NonFiniteError
 from actcache.hooks import Capture, HookPoint
 from actcache.host import forward
 from actcache.inputs import alike, joined
-from actcache.masks import Masks, check_isolation, document_masks
-from actcache.store import FLAG_DOC_START, TokenTable
+from actcache.masks import Masks, check_isolation, document_masks, document_starts
+from actcache.store import TokenTable
 from actcache.store.layout import DTYPES
 
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -104,7 +104,7 @@ class SegmentBuilder:
         mask: Masks = real_BT.to(self._device)
         positions = None
         if not self._cross:
-            starts = [(c.flags & FLAG_DOC_START) != 0 for c in batch]
+            starts = [document_starts(c.flags) for c in batch]
             mask, positions = document_masks(self._model, starts, self._device)
         found = self._forward(ids_BT, mask, positions, inputs)
         for name, x in found.items():
