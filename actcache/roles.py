@@ -47,7 +47,9 @@ def render(
         found = _apply(renderer, template, marked, document)
     except DataError:  # it rendered without the marks
         return prompt, None
-    if _MARK.sub("", found) != prompt:
+    opens = [mark[1] is not None for mark in _MARK.finditer(found)]
+    in_pairs = opens == [True, False] * (len(opens) // 2)
+    if not in_pairs or _MARK.sub("", found) != prompt:
         return prompt, None
     return prompt, _roles(found, [role_code(m["role"]) for m in document.messages], len(prompt))
 
