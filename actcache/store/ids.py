@@ -59,12 +59,20 @@ def short(identity: str) -> str:
 
 def diff(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Lines 'key: found … , asked …' for every leaf that differs."""
-    for key in sorted(found.keys() | asked.keys()):
-        a, b = found.get(key, "(absent)"), asked.get(key, "(absent)")
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from diff(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}: the store has {_brief(a)}, you asked for {_brief(b)}"
+    for key, a, b in leaves(found, asked, prefix):
+        yield f"{key}: the store has {a}, you asked for {b}"
+
+
+def leaves(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """(key, value in a, value in b) of every leaf that differs, values as short text."""
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key, "(absent)"), b.get(key, "(absent)")
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            yield from leaves(x, y, f"{prefix}{key}.")
+        elif x != y:
+            yield f"{prefix}{key}", _brief(x), _brief(y)
 
 
 def _brief(value: Any, limit: int = 120) -> str:

@@ -25,14 +25,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actcache.store import DamagedError, Segment
+from actcache.store import DamagedError
 from actcache.store.int8_reader import Int8Reader
 from actcache.store.shard import ShardReader
+from saetrain.stream.aligned import AnySegment, row_map, stored
 from saetrain.stream.order import Window
 from saetrain.stream.rows import EligibleRows
 
 _OPEN_SHARDS = 512  # readers kept with their shard index
 _SPARE = 3  # window buffers kept for reuse
+_SHARES = 4  # pieces of a window for each rank, at least
+Unit = tuple[int, NDArray[np.int64]]  # segment, rows in it
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,11 @@ class Places:
 
 
 def places(window: Window, eligible: EligibleRows, rank: int, world: int) -> Places:
-    """The plan of one window. A unit belongs to one rank, so every byte is read once in all."""
-    found = [eligible.rows(int(u)) for u in window.units]
+    """The plan of one window. A unit belongs to one rank, so every byte is read once in all.
+
+    Few large units, of small stores or of stores joined in different orders, are shared by ranks.
+    """
+    found = _pieces([eligible.rows(int(u)) for u in window.units], world)
     sizes = np.array([len(rows) for _, rows in found])
     order = window.order()
     to = np.empty(len(order), dtype=np.int64)
@@ -81,6 +87,14 @@ def places(window: Window, eligible: EligibleRows, rank: int, world: int) -> Pla
     return Places(window, at, segment[chosen], row[chosen], units)
 
 
+def _pieces(units: list[Unit], world: int) -> list[Unit]:
+    """The units, cut further where there are too few to give each rank about the same."""
+    if world == 1 or len(units) >= _SHARES * world:
+        return units
+    cuts = -(-_SHARES * world // len(units))
+    return [(s, part) for s, rows in units for part in np.array_split(rows, cuts) if len(part)]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Rows of a window, shuffled, in storage type."""
@@ -94,7 +108,7 @@ class Loader:
     """Fills windows. `load` may run in a thread of its own while earlier windows are in use."""
 
     def __init__(
-        self, segments: Sequence[Segment], hooks: Sequence[str], *, threads: int, pin: bool
+        self, segments: Sequence[AnySegment], hooks: Sequence[str], *, threads: int, pin: bool
     ) -> None:
         """`pin`: window buffers in page-locked memory, for copies to a GPU."""
         self._segments, self._hooks, self._threads = segments, tuple(hooks), threads
@@ -123,10 +137,10 @@ class Loader:
 
     def _open(self, segment: int, hook: str) -> tuple[ShardReader, ...]:
         """The shards that hold a hook's rows: one, or codes and scales."""
-        reader = self._segments[segment].acts(hook)
+        reader = stored(self._segments[segment], hook)
         if not isinstance(reader, Int8Reader):
             return (reader,)
-        first = self._segments[0].acts(hook)
+        first = stored(self._segments[0], hook)
         assert isinstance(first, Int8Reader)
         if reader.calibration.digest != first.calibration.digest:
             raise DamagedError(
@@ -153,9 +167,21 @@ class Loader:
         s, rows, to = unit
         for hook, part, window in targets:
             reader = self._reader(s, hook)[part]
-            for lo, hi, chunk in _runs(rows, reader.chunk_rows):
-                some = self._chunk(reader, chunk, rows[lo:hi])
-                window[to[lo:hi]] = some
+            there, at = self._there(s, hook, rows, to)
+            for lo, hi, chunk in _runs(there, reader.chunk_rows):
+                some = self._chunk(reader, chunk, there[lo:hi])
+                window[at[lo:hi]] = some
+
+    def _there(
+        self, s: int, hook: str, rows: NDArray[np.int64], to: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows in the hook's own store, ascending, and their destinations."""
+        place = row_map(self._segments[s], hook)
+        if place is None:
+            return rows, to
+        there = place[rows].astype(np.int64)
+        order = np.argsort(there)
+        return there[order], to[order]
 
     def _chunk(self, reader: ShardReader, chunk: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Chosen rows of an inner chunk in this thread's scratch memory, as in `_wide`."""

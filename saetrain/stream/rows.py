@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.store import Segment
 from actcache.store.layout import Modality
 from actcache.store.layout import eligible as by_flags
 from actcache.store.split import held_out
 from saetrain.errors import ConfigError
+from saetrain.stream.aligned import AnySegment
 
 Split = Literal["train", "held_out", "all"]
 _SPLITS = ("train", "held_out", "all")
@@ -66,7 +66,7 @@ class EligibleRows:
 
     def __init__(
         self,
-        segments: Sequence[Segment],
+        segments: Sequence[AnySegment],
         unit_rows: Sequence[int],
         wanted: RowFilter,
         threads: int = 2,
@@ -84,7 +84,7 @@ class EligibleRows:
             list(pool.map(lambda s: self._look(s, segments[s], wanted), range(len(segments))))
         self.n_rows = int(self.counts.sum(dtype=np.int64))
 
-    def _look(self, s: int, segment: Segment, wanted: RowFilter) -> None:
+    def _look(self, s: int, segment: AnySegment, wanted: RowFilter) -> None:
         keep = wanted.keep(segment.column("flags"), segment.column("doc"))
         self._bits[self._first_byte[s] : self._first_byte[s + 1]] = np.packbits(keep)
         starts = np.arange(0, len(keep), self._unit_rows[s])

@@ -16,52 +16,31 @@ an epoch (fewer than B) are dropped; they are others in the next epoch.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actcache.store import Snapshot, TokenTable
+from actcache.store import TokenTable
 from actcache.store.int8_reader import Int8Reader
 from actcache.store.layout import Modality
 from saetrain.errors import ConfigError
 from saetrain.saes.base import HookSpace
+from saetrain.stream.ahead import Traffic, read_ahead
+from saetrain.stream.aligned import stored, unit_rows
 from saetrain.stream.batch import Batch
 from saetrain.stream.device import Stored, to_device
+from saetrain.stream.join import AnySnapshot
 from saetrain.stream.loader import Loaded, Loader, Places, places
 from saetrain.stream.order import Window, windows
 from saetrain.stream.rows import EligibleRows, RowFilter, Split
 
-T = TypeVar("T")
-R = TypeVar("R")
 _TABLES = 16  # token tables kept
 _MOST_ROWS = 1 << 23  # of a window: the next unit must still fit below 2**24
-
-
-@dataclass
-class Traffic:
-    """What a stream has done since it was made. GB are 1e9 bytes."""
-
-    bytes: int = 0  # of chunks read
-    rows: int = 0  # handed out
-    waited: float = 0.0  # seconds that the consumer waited for a window
-    seconds: float = 0.0  # since the first batch was asked for
-
-    def to_json(self) -> dict[str, float]:
-        """Rates, and the share of time that training waited."""
-        seconds = max(self.seconds, 1e-9)
-        return {
-            "gb_per_s": self.bytes / seconds / 1e9,
-            "rows_per_s": self.rows / seconds,
-            "wait_share": self.waited / seconds,
-        }
 
 
 class Stream:
@@ -69,7 +48,7 @@ class Stream:
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: AnySnapshot,
         hooks: Sequence[str],
         *,
         batch_tokens: int = 4096,
@@ -110,10 +89,8 @@ class Stream:
             modality=modality,
             roles=None if roles is None else tuple(roles),
         )
-        unit_rows = [
-            run_chunks * max(s.hooks[h].chunk_rows for h in self.hooks) for s in snapshot.segments
-        ]
-        self.eligible = EligibleRows(snapshot.segments, unit_rows, self.filter, self.threads)
+        together = [unit_rows(s, self.hooks, run_chunks) for s in snapshot.segments]
+        self.eligible = EligibleRows(snapshot.segments, together, self.filter, self.threads)
         self.n_rows = self.eligible.n_rows
         self.batches_per_epoch = self.n_rows // batch_tokens
         self.epoch, self.step_in_epoch = 0, 0
@@ -188,9 +165,20 @@ class Stream:
                 f"batch_tokens={self.batch_tokens:,} is more than the {self.n_rows:,} rows of the "
                 f"{self.filter.split} split; lower batch_tokens or cache more tokens"
             )
-        for batch in to_device(self._endless(), self.device, self._decode):
-            self.epoch, self.step_in_epoch = divmod(batch.step + 1, self.batches_per_epoch)
+        steps, each = self.batches_per_epoch, self.batch_tokens
+        for batch in self.slices(self.epoch, self.step_in_epoch, steps, lambda s: s * each):
+            self.epoch, self.step_in_epoch = divmod(batch.step + 1, steps)
             yield batch
+
+    def slices(
+        self, epoch: int, step: int, steps: int, bound: Callable[[int], int]
+    ) -> Iterator[Batch]:
+        """Batches from `step` of `epoch` on, without end, `steps` in an epoch.
+
+        Batch s holds rows [bound(s), bound(s + 1)) of its epoch; it is left out where that is none.
+        """
+        plan = self._all_windows(epoch, bound(step), bound(steps))
+        yield from to_device(self._batches(plan, step, steps, bound), self.device, self._decode)
 
     def one_pass(self) -> Iterator[Batch]:
         """Every eligible row once, in stored order; the last batch may be short."""
@@ -201,47 +189,44 @@ class Stream:
             shuffle_units=False,
             shuffle_rows=False,
         )
-        batches = self._batches(((0, w) for w in plan), 0, self.n_rows)
-        yield from to_device(batches, self.device, self._decode)
+        n, each = self.n_rows, self.batch_tokens
+        pieces = self._batches(((0, w) for w in plan), 0, -(-n // each), lambda s: min(n, s * each))
+        yield from to_device(pieces, self.device, self._decode)
 
-    def _endless(self) -> Iterator[tuple[Batch, Stored]]:
-        rows = self.batches_per_epoch * self.batch_tokens
-        return self._batches(self._all_windows(rows), self.step_in_epoch, rows)
-
-    def _all_windows(self, rows: int) -> Iterator[tuple[int, Window]]:
-        """(epoch, window) from the state on; windows beyond `rows` of an epoch are left out."""
-        epoch, step = self.epoch, self.step_in_epoch
+    def _all_windows(self, epoch: int, first: int, end: int) -> Iterator[tuple[int, Window]]:
+        """(epoch, window) from row `first` of `epoch` on; windows beyond row `end` are left out."""
         while True:
-            yield from ((epoch, w) for w in self.windows(epoch, step) if w.first < rows)
-            epoch, step = epoch + 1, 0
+            yield from ((epoch, w) for w in self.windows(epoch, first) if w.first < end)
+            epoch, first = epoch + 1, 0
 
-    def windows(self, epoch: int, step: int = 0) -> Iterator[Window]:
-        """The windows of an epoch, from the one that holds the first row of batch `step`."""
+    def windows(self, epoch: int, first: int = 0) -> Iterator[Window]:
+        """The windows of an epoch, from the one that holds row `first` of it."""
         return windows(
             self.eligible.counts,
             window_rows=self.window_rows,
             key=f"{self.seed}/{epoch}",
             shuffle_units=self.shuffle,
-            skip_rows=step * self.batch_tokens,
+            skip_rows=first,
         )
 
     def _batches(
-        self, plan: Iterator[tuple[int, Window]], step: int, rows: int
+        self, plan: Iterator[tuple[int, Window]], step: int, steps: int, bound: Callable[[int], int]
     ) -> Iterator[tuple[Batch, Stored]]:
-        """Batches from `step` on of epochs that have `rows` rows each."""
+        """Batches from `step` on of epochs that have `steps` batches each, cut at `bound`."""
         held: list[Loaded] = []
-        first, now = step * self.batch_tokens, -1
+        now = -1
         for epoch, loaded in self._loaded(plan):
             if epoch != now and now >= 0:
-                held, first, step = [], 0, 0
+                held, step = [], 0
             now = epoch
             held.append(loaded)
             known = _end(loaded.places.window)
-            while first < rows and min(first + self.batch_tokens, rows) <= known:
-                last = min(first + self.batch_tokens, rows)
-                yield self._batch(held, first, last, epoch, epoch * self.batches_per_epoch + step)
-                first, step = last, step + 1
-                held = [h for h in held if _end(h.places.window) > first]
+            while step < steps and bound(step + 1) <= known:
+                first, last = bound(step), bound(step + 1)
+                if last > first:
+                    yield self._batch(held, first, last, epoch, epoch * steps + step)
+                step += 1
+                held = [h for h in held if _end(h.places.window) > last]
             del loaded
 
     def _batch(
@@ -265,7 +250,7 @@ class Stream:
 
     def _calibration_of(self, hook: str) -> tuple[Tensor, Tensor]:
         """Mean and std (d,) that decode a hook stored as int8, on the device."""
-        reader = self.snapshot.segments[0].acts(hook)
+        reader = stored(self.snapshot.segments[0], hook)
         assert isinstance(reader, Int8Reader)
         mean, std = reader.mean.copy(), reader.std.copy()
         return torch.from_numpy(mean).to(self.device), torch.from_numpy(std).to(self.device)
@@ -290,40 +275,7 @@ class Stream:
         """Windows in order; the next one is read while one is in use."""
         pin = self.device.type == "cuda"
         loader = Loader(self.snapshot.segments, self.hooks, threads=self.threads, pin=pin)
-        begun, before = time.perf_counter(), (self.traffic.seconds, self.traffic.bytes)
-        with ThreadPoolExecutor(2, "window") as ahead:
-            try:
-                # The plan of a window is made while the one before it is read.
-                epoch, planned = self._plan(ahead, plan)
-                reading = _submit(ahead, loader.load, _result(planned))
-                while reading is not None:
-                    following, planned = self._plan(ahead, plan)
-                    asked = time.perf_counter()
-                    loaded = reading.result()
-                    self.traffic.waited += time.perf_counter() - asked
-                    self.traffic.seconds = before[0] + time.perf_counter() - begun
-                    self.traffic.bytes = before[1] + loader.bytes_read
-                    reading = _submit(ahead, loader.load, _result(planned))
-                    yield epoch, loaded
-                    del loaded
-                    epoch = following
-            finally:
-                ahead.shutdown(wait=True, cancel_futures=True)
-                loader.close()
-
-    def _plan(
-        self, ahead: ThreadPoolExecutor, plan: Iterator[tuple[int, Window]]
-    ) -> tuple[int, Future[Places] | None]:
-        epoch, window = next(plan, (-1, None))
-        return epoch, _submit(ahead, self.places, window)
-
-
-def _submit(pool: ThreadPoolExecutor, do: Callable[[T], R], work: T | None) -> Future[R] | None:
-    return None if work is None else pool.submit(do, work)
-
-
-def _result(future: Future[T] | None) -> T | None:
-    return None if future is None else future.result()
+        return read_ahead(loader, plan, self.places, self.traffic)
 
 
 def _end(window: Window) -> int:

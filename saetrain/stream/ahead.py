@@ -1,0 +1,83 @@
+"""Read windows ahead: one is read, and the plan of the next is made, while one is in use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from saetrain.stream.loader import Loaded, Loader, Places
+from saetrain.stream.order import Window
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Traffic:
+    """What a stream has done since it was made. GB are 1e9 bytes."""
+
+    bytes: int = 0  # of chunks read
+    rows: int = 0  # handed out
+    waited: float = 0.0  # seconds that the consumer waited for a window
+    seconds: float = 0.0  # since the first batch was asked for
+
+    def to_json(self) -> dict[str, float]:
+        """Rates, and the share of time that training waited."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "gb_per_s": self.bytes / seconds / 1e9,
+            "rows_per_s": self.rows / seconds,
+            "wait_share": self.waited / seconds,
+        }
+
+
+def read_ahead(
+    loader: Loader,
+    plan: Iterator[tuple[int, Window]],
+    places: Callable[[Window], Places],
+    traffic: Traffic,
+) -> Iterator[tuple[int, Loaded]]:
+    """The windows of `plan`, (epoch, window) each, loaded in order; `loader` is closed at the end.
+
+    `places` says where the rows of a window come from; `traffic` is kept up to date.
+    """
+    begun, before = time.perf_counter(), (traffic.seconds, traffic.bytes)
+    with ThreadPoolExecutor(2, "window") as ahead:
+        try:
+            # The plan of a window is made while the one before it is read.
+            epoch, planned = _plan(ahead, plan, places)
+            reading = _submit(ahead, loader.load, _result(planned))
+            while reading is not None:
+                following, planned = _plan(ahead, plan, places)
+                asked = time.perf_counter()
+                loaded = reading.result()
+                traffic.waited += time.perf_counter() - asked
+                traffic.seconds = before[0] + time.perf_counter() - begun
+                traffic.bytes = before[1] + loader.bytes_read
+                reading = _submit(ahead, loader.load, _result(planned))
+                yield epoch, loaded
+                del loaded
+                epoch = following
+        finally:
+            ahead.shutdown(wait=True, cancel_futures=True)
+            loader.close()
+
+
+def _plan(
+    ahead: ThreadPoolExecutor,
+    plan: Iterator[tuple[int, Window]],
+    places: Callable[[Window], Places],
+) -> tuple[int, Future[Places] | None]:
+    epoch, window = next(plan, (-1, None))
+    return epoch, _submit(ahead, places, window)
+
+
+def _submit(pool: ThreadPoolExecutor, do: Callable[[T], R], work: T | None) -> Future[R] | None:
+    return None if work is None else pool.submit(do, work)
+
+
+def _result(future: Future[T] | None) -> T | None:
+    return None if future is None else future.result()
