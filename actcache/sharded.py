@@ -52,6 +52,12 @@ def check_launch(sharding: Sharding) -> None:
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and stage == "3":
         _refuse_other("ZeRO stage 3", "zero3", sharding)
+        offload = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+        if offload != "none":
+            raise SettingsError(
+                f"accelerate's configuration says offload_param_device: {offload}, which actcache "
+                "does not do: leave it out and use more ranks"
+            )
     if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         _refuse_other("FSDP", "fsdp2", sharding)
 
@@ -134,6 +140,8 @@ def _accelerate() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_BUILD_OPS", "0")
+    # The launcher's list of what its configuration says of DeepSpeed, which is checked already.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     # Its calls of torch.distributed go by older names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather", FutureWarning)
     try:
