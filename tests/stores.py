@@ -5,9 +5,18 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from actcache.store import HookInfo, Identity, Layout, TokenTable, open_store
+from actcache.store import (
+    Calibration,
+    HookInfo,
+    HookStats,
+    Identity,
+    Layout,
+    TokenTable,
+    open_store,
+)
+from actcache.store.calibrations import publish_calibration
 from actcache.store.ids import bytes_digest, digest, store_digest
-from actcache.store.layout import FLAG_DOC_START, FLAG_SPECIAL, VOCAB_JSON
+from actcache.store.layout import DTYPES, FLAG_DOC_START, FLAG_SPECIAL, VOCAB_JSON
 from actcache.store.split import doc_key
 from actcache.store.vocab import encode_vocab
 from actcache.store.writer import StoreWriter
@@ -57,8 +66,14 @@ def make_store(
     order: str = "permuted",
     acts=None,
     doc_len: int = 20,
+    host: dict | None = None,
+    units: tuple[int, ...] | None = None,
 ):
-    """A store of random rows; `acts(hook, rng, tokens, d)` may supply other activations."""
+    """A store of random rows; `acts(hook, rng, tokens, d)` may supply other activations.
+
+    `host` replaces fields of the host's identity; `units` are the segments that are written, of
+    those that `segments` describes. int8 is calibrated on the first of them.
+    """
     hooks = hooks or {"resid.2": 16}
     rng = np.random.default_rng(seed)
     words = [b"<eos>", *(f" w{i}".encode() for i in range(1, 50))]
@@ -67,7 +82,9 @@ def make_store(
         context=context, segment_rows=max(segments), chunk_bytes=chunk_bytes, order=order
     )
     numpy_type = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    ident = identity(layout, vocab)
+    if dtype == "int8":
+        numpy_type = np.dtype(np.float32)  # the writer makes codes of it
+    ident = identity(layout, vocab, **(host or {}))
     done = []
     writer = StoreWriter(path, ident, {VOCAB_JSON: vocab})
     for i, n in enumerate(segments):
@@ -82,10 +99,15 @@ def make_store(
                 io="out",
                 d=d,
                 dtype=dtype,
-                chunk_rows=max(1, chunk_bytes // (d * x.itemsize)),
+                chunk_rows=max(1, chunk_bytes // (d * DTYPES[dtype].itemsize)),
                 activation_id=digest([ident.store_id, name, dtype]),
             )
             rows.append((info, x))
+            if dtype == "int8":
+                found = Calibration.of(HookStats.of(x))  # the first one counts
+                publish_calibration(path, info.activation_id, found, len(x))
+        if units is not None and i not in units:
+            continue
         commit = writer.write_segment(
             unit=i, index=0, last_in_unit=True, tokens=tokens, acts=rows, writer={}
         )

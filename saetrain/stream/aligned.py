@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.store import DamagedError, HookInfo, HookStats, Segment, TokenTable
+from actcache.store.int8_reader import Int8Reader
 from actcache.store.layout import TOKEN_COLUMNS
 from actcache.store.shard import ShardReader
 
@@ -64,7 +65,11 @@ class JoinedSegment:
     def stored(self, hook: str) -> ShardReader:
         """Reader of the hook's rows in the order of its own store."""
         label, name = hook.split(":", 1)
-        return self.parts[label].acts(name)
+        reader = self.parts[label].acts(name)
+        inner = (reader.codes, reader.scales) if isinstance(reader, Int8Reader) else ()
+        for r in (reader, *inner):
+            r.what = f"store {label}, {r.what}"  # in errors
+        return reader
 
     def acts(self, hook: str) -> ShardReader:
         """Reader of the hook's rows in the order of this segment."""
