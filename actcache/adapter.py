@@ -129,13 +129,13 @@ class Adapter:
             ) from e
 
 
-def _named(model: nn.Module, prefix: str) -> nn.Module:
+def _named(model: Any, prefix: str) -> Any:
     """The base model under the name that it has in the model with a head, as adapters name it."""
     if not prefix:
         return model
-    outer = nn.Module()
+    outer: Any = nn.Module()
     outer.add_module(prefix.removesuffix("."), model)
-    outer.config = model.config
+    outer.config, outer.base_model_prefix = model.config, prefix.removesuffix(".")
     return outer
 
 

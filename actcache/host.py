@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from actcache import ranks, sharded
-from actcache.adapter import HEADS, Adapter
+from actcache.adapter import Adapter
 from actcache.errors import HostError
-from actcache.families import cut, cut_class, deepest_block, is_stateful, runner, runner_path
+from actcache.families import cut_class, deepest_block, is_stateful, runner, runner_path
 from actcache.hooks import HookPoint
 from actcache.hub import digests, explained, local_folder, model_folder
+from actcache.placing import placed
 from actcache.store.ids import digest
-from actcache.store.records import did_you_mean
 from actcache.tokens import token_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,7 +131,8 @@ class Host:
         """Where token ids go; with `device_map` the library moves them on."""
         if self.settings.device == "auto":
             return ranks.device()
-        return torch.device(self.settings.device)
+        with explained(f"host.device={self.settings.device}"):
+            return torch.device(self.settings.device)
 
     def skeleton(self) -> nn.Module:
         """The whole base model on the meta device: its module names, no weights.
@@ -190,7 +191,7 @@ class Host:
             "attn_implementation": self.attention,
         }
         if self._placed:
-            options["device_map"] = self._device_map(skeleton, deepest)
+            options["device_map"] = placed(self.settings.device_map, self.device, skeleton, deepest)
         if self.settings.quantization:
             options["quantization_config"] = dict(self.settings.quantization)
         with splitting or nullcontext(), _explained(self.settings), _quiet():
@@ -208,26 +209,6 @@ class Host:
     def _placed(self) -> bool:
         """Whether the library puts weights on devices; quantised ones do not move afterwards."""
         return bool(self.settings.device_map or self.settings.quantization)
-
-    def _device_map(self, skeleton: nn.Module, deepest: int | None) -> str | dict[str, Any]:
-        """As asked, for the modules that are left, by their names in the base model."""
-        asked = self.settings.device_map
-        if asked is None:
-            return {"": str(self.device)}
-        if isinstance(asked, str):
-            return asked
-        own = f"{getattr(skeleton, 'base_model_prefix', '')}."
-        whole = dict(skeleton.named_modules())
-        named = {k if k in whole else k.removeprefix(own): v for k, v in asked.items()}
-        strange = [k for k in named if k not in whole and k.split(".")[0] not in HEADS]
-        if strange:
-            raise HostError(
-                f"host.device_map: the host has no module {strange[0]!r}."
-                f"{did_you_mean(strange[0], whole)}"
-            )
-        cut(skeleton, deepest)
-        left = dict(skeleton.named_modules())
-        return {k: v for k, v in named.items() if k in left}
 
     def _refuse_missing(self, keys: Any, points: list[HookPoint]) -> None:
         """Weights that no file has would be random. A pooler that no hook asks for may be."""
