@@ -154,7 +154,7 @@ def test_max_samples_stops_exactly(tiny_parquet, n):  # F29
         assert [d.text for d in read_all(open_source(settings_))] == tiny_texts()[:n]
 
 
-def test_streamed_and_local_reading_give_the_same_documents(tiny_parquet):
+def test_streamed_and_local_reading_give_the_same_documents(tiny_parquet):  # F29
     streamed = open_source(DataSettings(kind="hub", dataset=str(tiny_parquet), id_column="id"))
     local = open_source(DataSettings(files=str(tiny_parquet), id_column="id"))
     assert read_all(streamed) == read_all(local)
