@@ -148,7 +148,7 @@ def wide(x: NDArray[Any]) -> NDArray[Any]:
     """The same values as float32, or float64 if they are; bfloat16 is the top half of a float32."""
     if x.dtype.name == "bfloat16":
         return (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return x if x.dtype == np.float64 else x.astype(np.float32)
+    return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
 
 def _pack(x: NDArray[np.float64]) -> str:
