@@ -2,7 +2,7 @@
 # make test    lint, types, walls, tests
 # make lint    the first three of them
 # make venv    only the set-up, which the others do by themselves
-# make peers   an environment of their own for what the benchmarks compare with (peers.txt)
+# make peers   environments of their own for what the benchmarks compare with (peers*.txt)
 # make clean   caches and build outputs; make distclean also .venv and .peers
 #
 # PYTHON=python3.12 picks an interpreter. On a Linux machine without a GPU, the small build of torch:
@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-peers: $(PEERS_STAMP)
+peers: $(PEERS_STAMP) .peers-streaming/.installed
 
 # The same torch and libraries as ours, so that the tools are compared and not their dependencies.
 $(PEERS_STAMP): peers.txt constraints.txt
@@ -62,9 +62,17 @@ $(PEERS_STAMP): peers.txt constraints.txt
 	@$(PEERS_PIP) -c constraints.txt -r peers.txt
 	@touch $@
 
+# mosaicml's streaming wants other versions of what the others share.
+.peers-streaming/.installed: peers-streaming.txt
+	@test -x .peers-streaming/bin/python || $(PYTHON) -m venv .peers-streaming
+	@echo "== installing peers-streaming.txt"
+	@$(call pip,.peers-streaming/bin/python) $(TORCH_ARGS) $(TORCH)
+	@$(call pip,.peers-streaming/bin/python) $(TORCH) -r peers-streaming.txt
+	@touch $@
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -not -path './.peers/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.peers*/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .peers
+	rm -rf .venv .peers .peers-streaming
