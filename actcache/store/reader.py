@@ -182,12 +182,15 @@ class Snapshot:
     def segments(self) -> tuple[Segment, ...]:
         if not self.record.segments:
             return ()
-        first = Segment(self.store.path, self.record.segments[0])
-        others = (Segment(self.store.path, e, first) for e in self.record.segments[1:])
+        first = self._segment(self.record.segments[0])
+        others = (self._segment(e, first) for e in self.record.segments[1:])
         segments = (first, *others)
         if isinstance(self.store.path, Remote):
             each(self.store.path, Segment.fetch, segments)
         return segments
+
+    def _segment(self, entry: SnapshotEntry, first: Segment | None = None) -> Segment:
+        return Segment(self.store.path, entry, first)
 
     @cached_property
     def hooks(self) -> Mapping[str, HookInfo]:
@@ -371,7 +374,11 @@ def read_table(root: Location, group: Location, n: int, what: str) -> layout.Tok
         path = group / "tokens" / name / "c" / "0"
         return _read_column(root, path, layout.TOKEN_COLUMNS[name], n, f"{what}, tokens/{name}")
 
-    table = layout.TokenTable(*each(root, column, layout.TOKEN_COLUMNS))
+    return checked_table(layout.TokenTable(*each(root, column, layout.TOKEN_COLUMNS)), n, what)
+
+
+def checked_table(table: layout.TokenTable, n: int, what: str) -> layout.TokenTable:
+    """`table`. DamagedError if it numbers contexts or positions beyond its `n` rows."""
     if max(table.ctx.max(), table.pos.max()) >= n:
         raise DamagedError(f"{what}: a number of a context or position is beyond its {n:,} rows")
     return table
