@@ -224,5 +224,6 @@ def test_a_damaged_chunk_of_either_store_stops_the_stream(pair, tmp_path):
         ["base:resid.2", "chat:resid.2"],
         batch_tokens=64,
     )
-    with pytest.raises(DamagedError, match=r"store chat, segment u0000\d-0000, hook resid\.2, chunk 0"):
+    message = r"store chat, segment u0000\d-0000, hook resid\.2, chunk 0"
+    with pytest.raises(DamagedError, match=message):
         list(islice(stream, stream.batches_per_epoch))

@@ -1,9 +1,12 @@
-"""Read windows ahead: one is read, and the plan of the next is made, while one is in use."""
+"""Windows read ahead, and cut into batches.
+
+One window is read, and the plan of the next is made, while one is in use.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -81,3 +84,36 @@ def _submit(pool: ThreadPoolExecutor, do: Callable[[T], R], work: T | None) -> F
 
 def _result(future: Future[T] | None) -> T | None:
     return None if future is None else future.result()
+
+
+def cut(
+    windows: Iterator[tuple[int, Loaded]],
+    step: int,
+    steps: int,
+    bound: Callable[[int], int],
+    make: Callable[[Sequence[Loaded], int, int, int, int], T],
+) -> Iterator[T]:
+    """Batches from `step` on of epochs of `steps` batches; s is what `bound(s)`, `bound(s+1)` hold.
+
+    `make(windows, first, end, epoch, number over all epochs)`; not called for empty batches.
+    """
+    held: list[Loaded] = []
+    now = -1
+    for epoch, loaded in windows:
+        if epoch != now and now >= 0:
+            held, step = [], 0
+        now = epoch
+        held.append(loaded)
+        known = _end(loaded)
+        while step < steps and bound(step + 1) <= known:
+            first, last = bound(step), bound(step + 1)
+            if last > first:
+                yield make(held, first, last, epoch, epoch * steps + step)
+            step += 1
+            held = [h for h in held if _end(h) > last]
+        del loaded
+
+
+def _end(loaded: Loaded) -> int:
+    window = loaded.places.window
+    return window.first + window.n_rows

@@ -30,7 +30,7 @@ from actcache.store.int8_reader import Int8Reader
 from actcache.store.layout import Modality
 from saetrain.errors import ConfigError
 from saetrain.saes.base import HookSpace
-from saetrain.stream.ahead import Traffic, read_ahead
+from saetrain.stream.ahead import Traffic, cut, read_ahead
 from saetrain.stream.aligned import stored, unit_rows
 from saetrain.stream.batch import Batch
 from saetrain.stream.device import Stored, to_device
@@ -89,14 +89,21 @@ class Stream:
             modality=modality,
             roles=None if roles is None else tuple(roles),
         )
-        together = [unit_rows(s, self.hooks, run_chunks) for s in snapshot.segments]
-        self.eligible = EligibleRows(snapshot.segments, together, self.filter, self.threads)
-        self.n_rows = self.eligible.n_rows
-        self.batches_per_epoch = self.n_rows // batch_tokens
+        # What is shuffled, rows here: how many there are in a batch, a window, each unit, an epoch.
+        self._per_batch, self._per_window = batch_tokens, window_rows
+        self._per_unit, self.n_rows = self._count()
+        self._per_epoch = int(self._per_unit.sum(dtype=np.int64))
+        self.batches_per_epoch = self._per_epoch // self._per_batch
         self.epoch, self.step_in_epoch = 0, 0
         self.traffic = Traffic()
         self._table = lru_cache(maxsize=_TABLES)(lambda s: snapshot.segments[s].tokens())
         self._calibration = lru_cache(maxsize=None)(self._calibration_of)
+
+    def _count(self) -> tuple[NDArray[np.int32], int]:
+        """What each unit has to offer, and the eligible rows in all."""
+        together = [unit_rows(s, self.hooks, self.run_chunks) for s in self.snapshot.segments]
+        self.eligible = EligibleRows(self.snapshot.segments, together, self.filter, self.threads)
+        return self.eligible.counts, self.eligible.n_rows
 
     def _check(self) -> None:
         for name in ("batch_tokens", "window_rows", "run_chunks", "world", "threads"):
@@ -161,14 +168,17 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         """Shuffled batches from the current state on, epoch after epoch, without end."""
         if self.batches_per_epoch == 0:
-            raise ConfigError(
-                f"batch_tokens={self.batch_tokens:,} is more than the {self.n_rows:,} rows of the "
-                f"{self.filter.split} split; lower batch_tokens or cache more tokens"
-            )
-        steps, each = self.batches_per_epoch, self.batch_tokens
+            raise ConfigError(self._too_few())
+        steps, each = self.batches_per_epoch, self._per_batch
         for batch in self.slices(self.epoch, self.step_in_epoch, steps, lambda s: s * each):
             self.epoch, self.step_in_epoch = divmod(batch.step + 1, steps)
             yield batch
+
+    def _too_few(self) -> str:
+        return (
+            f"batch_tokens={self.batch_tokens:,} is more than the {self.n_rows:,} rows of the "
+            f"{self.filter.split} split; lower batch_tokens or cache more tokens"
+        )
 
     def slices(
         self, epoch: int, step: int, steps: int, bound: Callable[[int], int]
@@ -183,13 +193,13 @@ class Stream:
     def one_pass(self) -> Iterator[Batch]:
         """Every eligible row once, in stored order; the last batch may be short."""
         plan = windows(
-            self.eligible.counts,
-            window_rows=self.window_rows,
+            self._per_unit,
+            window_rows=self._per_window,
             key="",
             shuffle_units=False,
             shuffle_rows=False,
         )
-        n, each = self.n_rows, self.batch_tokens
+        n, each = self._per_epoch, self._per_batch
         pieces = self._batches(((0, w) for w in plan), 0, -(-n // each), lambda s: min(n, s * each))
         yield from to_device(pieces, self.device, self._decode)
 
@@ -202,8 +212,8 @@ class Stream:
     def windows(self, epoch: int, first: int = 0) -> Iterator[Window]:
         """The windows of an epoch, from the one that holds row `first` of it."""
         return windows(
-            self.eligible.counts,
-            window_rows=self.window_rows,
+            self._per_unit,
+            window_rows=self._per_window,
             key=f"{self.seed}/{epoch}",
             shuffle_units=self.shuffle,
             skip_rows=first,
@@ -213,21 +223,7 @@ class Stream:
         self, plan: Iterator[tuple[int, Window]], step: int, steps: int, bound: Callable[[int], int]
     ) -> Iterator[tuple[Batch, Stored]]:
         """Batches from `step` on of epochs that have `steps` batches each, cut at `bound`."""
-        held: list[Loaded] = []
-        now = -1
-        for epoch, loaded in self._loaded(plan):
-            if epoch != now and now >= 0:
-                held, step = [], 0
-            now = epoch
-            held.append(loaded)
-            known = _end(loaded.places.window)
-            while step < steps and bound(step + 1) <= known:
-                first, last = bound(step), bound(step + 1)
-                if last > first:
-                    yield self._batch(held, first, last, epoch, epoch * steps + step)
-                step += 1
-                held = [h for h in held if _end(h.places.window) > last]
-            del loaded
+        return cut(self._loaded(plan), step, steps, bound, self._batch)
 
     def _batch(
         self, held: Sequence[Loaded], first: int, last: int, epoch: int, step: int
@@ -276,10 +272,6 @@ class Stream:
         pin = self.device.type == "cuda"
         loader = Loader(self.snapshot.segments, self.hooks, threads=self.threads, pin=pin)
         return read_ahead(loader, plan, self.places, self.traffic)
-
-
-def _end(window: Window) -> int:
-    return window.first + window.n_rows
 
 
 def _parts(hook: str, cuts: Sequence[tuple[Loaded, slice]]) -> tuple[Tensor, ...]:
