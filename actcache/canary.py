@@ -247,7 +247,7 @@ def _attends_across(store: Store) -> bool:
 
 def _differences(store: Store, mine: Host) -> list[str]:
     """Lines for the fields of the identity that the reader's model does not share."""
-    theirs = {k: v for k, v in store.identity.host.items() if k in mine.identity}
+    theirs = {k: v for k, v in store.identity.host.items() if k != "order"}
     tokens = {"tokenizer": store.identity.token_stream.get("tokenizer")}
     ours = {"tokenizer": mine.tokenizer_identity}
     lines = [*diff(theirs, mine.identity, "host."), *diff(tokens, ours)]

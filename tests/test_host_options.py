@@ -8,15 +8,16 @@ import peft
 import pytest
 import torch
 import transformers
-from cache import contexts_of
+from cache import contexts_of, overrides
 from conftest import tiny_texts
 from hosts import Oracle, save_family, whole
 
+from actcache.cli import main
 from actcache.errors import HostError
 from actcache.hooks import resolve
 from actcache.host import Host, HostSettings
 from actcache.run import run
-from actcache.store import IdentityError
+from actcache.store import IdentityError, open_store
 
 # peft 0.21 on transformers 5.23, when it makes a model to be trained.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -298,3 +299,31 @@ def test_a_host_in_eight_bits_on_a_gpu(asked, folder_of):  # F54
 def test_quantization_that_does_not_exist(asked, folder_of):
     with pytest.raises(HostError, match=r"quantization=.*nonsense.*: Unknown quantization type"):
         rows_of(asked, model=str(folder_of("llama")), quantization={"quant_method": "nonsense"})
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_options_of_the_command(asked, folder_of, adapter_of, tmp_path, capsys):  # F39, F54
+    settings = asked(host=HostSettings(model=str(folder_of("llama"))), tokens=128)
+    words = [*overrides(settings), "tokens=128", f"host.adapter={adapter_of('llama', ['q_proj'])}"]
+    with pytest.raises(SystemExit) as done:
+        main(
+            [
+                *words,
+                "host.device_map={embed_tokens: cpu, layers: cpu, norm: cpu}",
+                "host.dtype=bfloat16",
+                "host.revision=v2",
+            ]
+        )
+    out = capsys.readouterr()
+    assert done.value.code == 0, out.err
+    assert "host.revision=v2 has no effect" in out.out
+    recorded = open_store(settings.store).identity.host
+    assert (recorded["dtype"], "adapter" in recorded) == ("bfloat16", True)
+    with pytest.raises(SystemExit) as done:
+        main([*words, "host.quantization={load_in_8bit: true}", "host.dtype=bfloat16"])
+    assert done.value.code == 1
+    assert 'host.quantization: the store has (absent), you asked for {"load_in_8bit": true}' in (
+        capsys.readouterr().err
+    )

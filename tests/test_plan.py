@@ -427,7 +427,7 @@ def test_errors_name_what_to_do(config_only, tmp_path):
         of(config_only, "llama-3.1-8b", hooks=("resid.32",))
     with pytest.raises(HookError, match="matches nothing"):
         of(config_only, "llama-3.1-8b", hooks=("layers.3.mlpp",))
-    with pytest.raises(HookError, match="did not fire"):
+    with pytest.raises(HookError, match="belongs to the vision tower"):
         of(config_only, "qwen2.5-vl-72b", hooks=("visual.blocks.0",))
     with pytest.raises(SettingsError, match="tokens: expected at least 1, got 0"):
         of(config_only, "llama-3.1-8b", tokens=0)

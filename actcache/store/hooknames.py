@@ -4,11 +4,12 @@ Canonical names are the short aliases, equal for every model family:
 
     embed          token embeddings
     resid_pre.L    residual stream entering block L     blocks.L.hook_resid_pre
-    attn.L         output of block L's attention        blocks.L.hook_attn_out
-    mlp.L          output of block L's MLP              blocks.L.hook_mlp_out
+    attn.L         what block L's attention adds to it  blocks.L.hook_attn_out
+    mlp.L          what block L's MLP adds to it        blocks.L.hook_mlp_out
     resid.L        residual stream leaving block L      blocks.L.hook_resid_post
 
-The right-hand column is TransformerLens' spelling. Everything else is a module path with an
+The right-hand column is TransformerLens' spelling. Which module a name means in which family is in
+actcache/families.py. Everything else is a module path with an
 optional side, `PATH`, `PATH:in`, `PATH:out` or `PATH:out.1` (item 1 of a tuple).
 """
 
