@@ -24,7 +24,14 @@ from actcache.store.errors import DamagedError, IdentityError, StoreError
 from actcache.store.files import blocks, file_size
 from actcache.store.ids import file_digest
 from actcache.store.objects import Buffer
-from actcache.store.places import Location, address, insist, place, relative
+from actcache.store.places import (
+    Location,
+    address,
+    insist,
+    place,
+    refuse_read_only,
+    relative,
+)
 from actcache.store.publish import publish, publishing
 from actcache.store.reader import Segment, Snapshot, Store, open_store
 from actcache.store.schema import Commit, SnapshotEntry, SnapshotRecord, dump
@@ -70,6 +77,7 @@ def copy_snapshot(
     target that holds something else, OutOfSpaceError.
     """
     target = place(target)
+    refuse_read_only(target)
     chosen = list(_chosen(source, hooks))
     record = _view(source.record, chosen) if hooks is not None else source.record
     _refuse_place(source, target)

@@ -116,6 +116,12 @@ def listable(location: Location) -> bool:
     return isinstance(location, Path) or location.client.listable
 
 
+def refuse_read_only(location: Location) -> None:
+    """StoreError where nothing can be written."""
+    if isinstance(location, Remote) and not location.client.writable:
+        raise location.client.read_only(location.key)
+
+
 def address(location: Location) -> str:
     """Absolute path or URL: equal for equal locations."""
     return str(location if isinstance(location, Remote) else location.resolve())

@@ -7,8 +7,7 @@ job changes nothing for it. Whatever is not committed does not exist for a reade
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -22,6 +21,9 @@ from actcache.store.hooknames import canonical
 from actcache.store.ids import bytes_digest, short
 from actcache.store.int8 import Error
 from actcache.store.int8_reader import Int8Reader
+from actcache.store.listing import commit_files as commit_files
+from actcache.store.listing import is_snapshot
+from actcache.store.listing import snapshot_numbers as snapshot_numbers
 from actcache.store.places import Location, Remote, each, insist, listable, place
 from actcache.store.records import did_you_mean
 from actcache.store.schema import (
@@ -37,13 +39,10 @@ from actcache.store.schema import (
 )
 from actcache.store.shard import ShardReader, check_crc
 from actcache.store.stats import HookStats
-from actcache.store.untrusted import MAX_JSON_BYTES, names_in, read_file
+from actcache.store.untrusted import MAX_JSON_BYTES, read_file
 from actcache.store.vocab import decode_vocab
 
 T = TypeVar("T", bound=Record)
-_COMMIT = re.compile(r"u.*\.json")
-PROBE = 32  # snapshot numbers looked for at once where nothing can be listed
-_SNAPSHOT = re.compile(r"[1-9][0-9]{0,17}\.json")
 
 
 def read_record(cls: type[T], root: Location, path: Location, sha256: str | None = None) -> T:
@@ -51,14 +50,14 @@ def read_record(cls: type[T], root: Location, path: Location, sha256: str | None
 
     Raises DamagedError if it is missing, unlike its digest, malformed, or outside the store.
     """
+    return insist(path, lambda: _read_record(cls, root, path, sha256))
 
-    def act() -> T:
-        data = read_file(root, path, MAX_JSON_BYTES)
-        if sha256 is not None and bytes_digest(data) != sha256:
-            raise DamagedError(f"{path} does not match the digest that the snapshot has of it")
-        return load(cls, data, path)
 
-    return insist(path, act)
+def _read_record(cls: type[T], root: Location, path: Location, sha256: str | None = None) -> T:
+    data = read_file(root, path, MAX_JSON_BYTES)
+    if sha256 is not None and bytes_digest(data) != sha256:
+        raise DamagedError(f"{path} does not match the digest that the snapshot has of it")
+    return load(cls, data, path)
 
 
 def open_store(path: str | Location) -> Store:
@@ -69,42 +68,14 @@ def open_store(path: str | Location) -> Store:
     """
     root = place(path)
     if not (root / layout.STORE_JSON).is_file():
-        here = "does not exist"
-        if isinstance(root, Remote) or root.is_dir():
-            here = "is not a store (no store.json)"
+        if isinstance(root, Remote) and listable(root):
+            root.names()  # says what else is wrong: no such bucket, no permission
+        is_place = isinstance(root, Remote) or root.is_dir()
+        here = "is not a store (no store.json)" if is_place else "does not exist"
         raise StoreMissingError(
             f"store={path}: {root} {here}. Make one with: actcache run host=… data=… store={path}"
         )
     return Store(root, read_record(Identity, root, root / layout.STORE_JSON))
-
-
-def snapshot_numbers(root: Location) -> list[int]:
-    """Numbers of the snapshots of the store at `root`, oldest first."""
-    if isinstance(root, Remote) and not listable(root):
-        return _probed(root)
-    return sorted(int(file.stem) for file in names_in(root, layout.SNAPSHOTS, _SNAPSHOT))
-
-
-def _probed(root: Remote) -> list[int]:
-    """As `snapshot_numbers` where nothing can be listed: 1 to `PROBE`, further while any is found.
-
-    A snapshot behind a longer gap (a copy may hold the newest alone) has to be named.
-    """
-    found: list[int] = []
-    first = 1
-    while True:
-        numbers = range(first, first + PROBE)
-        files = [root / layout.SNAPSHOTS / f"{n}.json" for n in numbers]
-        there = each(root, Remote.is_file, files)
-        found += [n for n, is_there in zip(numbers, there, strict=True) if is_there]
-        if not any(there):
-            return found
-        first += PROBE
-
-
-def commit_files(root: Location) -> Sequence[Location]:
-    """Every commit record of the store at `root`, in a snapshot or not."""
-    return names_in(root, layout.COMMITS, _COMMIT)
 
 
 @dataclass(frozen=True)
@@ -131,27 +102,39 @@ class Store:
 
         Raises StoreMissingError if nothing was committed yet or there is no such snapshot.
         """
-        names = self.snapshot_names() if name is None or not self._has(str(name)) else [str(name)]
+        if name is not None and is_snapshot(self.path, str(name)):
+            return self._open(str(name))
+        names = self.snapshot_names()
         if not names:
             raise StoreMissingError(
                 f"{self.path} has no snapshot: its first run was interrupted before it finished. "
                 "Run the same actcache command again; it continues where it stopped"
             )
-        if name is not None and str(name) not in names:
+        if name is not None:
             raise StoreMissingError(
                 f"{self.path} has no snapshot {name!r}; it has {', '.join(names)}"
             )
-        file = self.path / layout.SNAPSHOTS / f"{name or names[-1]}.json"
-        record = read_record(SnapshotRecord, self.path, file)
-        if record.name != file.stem:
-            raise DamagedError(f"{file} says that it is snapshot {record.name!r:.40}")
-        return Snapshot(self, record)
+        return self._open(names[-1])
 
-    def _has(self, name: str) -> bool:
-        """Whether a snapshot is there that listing the store need not show."""
+    def _open(self, name: str) -> Snapshot:
         file = self.path / layout.SNAPSHOTS / f"{name}.json"
-        named = _SNAPSHOT.fullmatch(f"{name}.json") is not None
-        return named and isinstance(file, Remote) and file.is_file()
+
+        def act() -> Snapshot:
+            record = _read_record(SnapshotRecord, self.path, file)
+            if record.name != name:
+                raise DamagedError(f"{file} says that it is snapshot {record.name!r:.40}")
+            self._refuse_changed(record)
+            return Snapshot(self, record)
+
+        return insist(file, act)
+
+    def _refuse_changed(self, record: SnapshotRecord) -> None:
+        """DamagedError if `identity` is not what a server has, which the snapshot vouches for."""
+        if isinstance(self.path, Remote):
+            file = self.path / layout.STORE_JSON
+            there = _read_record(Identity, self.path, file, record.identity_sha256)
+            if there != self.identity:
+                raise DamagedError(f"{file} was damaged on its way here; open the store again")
 
 
 @dataclass(frozen=True)

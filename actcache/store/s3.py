@@ -41,6 +41,7 @@ class S3(Objects):
     """One bucket."""
 
     listable = True
+    writable = True
 
     def __init__(self, base: str) -> None:
         super().__init__(base)

@@ -23,7 +23,7 @@ from actcache.store.errors import DamagedError, IdentityError, StoreError
 from actcache.store.files import remove
 from actcache.store.ids import bytes_digest, diff, file_digest
 from actcache.store.int8 import Calibration, Int8Rows, store_rows
-from actcache.store.places import Location, Remote, each, place
+from actcache.store.places import Location, Remote, each, place, refuse_read_only
 from actcache.store.publish import PARTIAL, publish
 from actcache.store.reader import commit_files, read_record, snapshot_numbers
 from actcache.store.schema import (
@@ -55,6 +55,7 @@ class StoreWriter:
         else or cannot be written.
         """
         self.path = place(path)
+        refuse_read_only(self.path)
         self._create(identity, files)
         for name in layout.FOLDERS:
             inside(self.path, self.path / name)
