@@ -42,7 +42,7 @@ def geometric_median(x_BD: Tensor, steps: int = 100, tolerance: float = 1e-5) ->
     """
     point_D = x_BD.mean(0)
     scale = float((x_BD - point_D).norm(dim=1).mean())
-    for _ in range(steps):
+    for _ in range(steps if scale > 0 else 0):
         weights_B = 1 / (x_BD - point_D).norm(dim=1).clamp(min=tolerance * scale)
         next_D = (weights_B @ x_BD) / weights_B.sum()
         moved = float((next_D - point_D).norm())
