@@ -74,6 +74,7 @@ class LazyCapture:
             batch_contexts=max(1, self._host.settings.batch_tokens // self._packing.context),
             dtype=self._host.settings.dtype if self._dtype == "int8" else self._dtype,
             cross_documents=self._packing.attend_across_documents,
+            spare=self._packing.spare(self.tokenizer) if self._lockstep else None,
         )
 
     def again(self, busy: bool, tick: Callable[[], object]) -> bool:

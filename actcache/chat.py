@@ -82,6 +82,17 @@ class ChatPacking(Packing):
     def _count(self, what: str, document: Document) -> None:
         self.tally[what].add(doc_key(document.id))  # a unit may be read more than once
 
+    def spare(self, tokenizer: Any) -> Context | None:
+        """A short context with an image, if the data has images."""
+        if self.processor is None:
+            return None
+        from PIL import Image
+
+        out = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(out, "PNG")
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}
+        return self._context(Document("spare", "", (message,), (out.getvalue(),)), tokenizer)
+
     # -- one conversation --------------------------------------------------------------------------
 
     def _context(self, document: Document, tokenizer: Any) -> Context:

@@ -70,6 +70,10 @@ class Packing:
         while chunk := list(islice(stream, rows // self.context)):
             yield chunk
 
+    def spare(self, tokenizer: Any) -> Context | None:
+        """A short context with an image, if contexts may have some."""
+        return None
+
     def report(self) -> list[str]:
         """What was done with documents that did not fit, in sentences."""
         return []

@@ -31,6 +31,11 @@ def alike(batch: Sequence[Context]) -> list[list[Context]]:
     return [list(group) for _, group in groupby(batch, _form)]
 
 
+def pictured(context: Context) -> bool:
+    """Whether a context comes with pixels."""
+    return any(not name.endswith(_PER_TOKEN) for name in context.inputs or {})
+
+
 def _form(context: Context) -> Any:
     """What must be equal for two contexts to be joined."""
     inputs = context.inputs or {}

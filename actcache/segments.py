@@ -20,7 +20,7 @@ from actcache.data import Context
 from actcache.errors import HookError, NonFiniteError
 from actcache.hooks import Capture, HookPoint
 from actcache.host import forward
-from actcache.inputs import alike, joined
+from actcache.inputs import alike, joined, pictured
 from actcache.masks import Masks, check_isolation, document_masks, document_starts
 from actcache.store import TokenTable
 from actcache.store.layout import DTYPES
@@ -40,10 +40,16 @@ class SegmentBuilder:
         batch_contexts: int,
         dtype: str,
         cross_documents: bool,
+        spare: Context | None = None,
     ) -> None:
-        """`dtype` is the storage type; `cross_documents` whether attention crosses documents."""
+        """`dtype` is the storage type; `cross_documents` whether attention crosses documents.
+
+        `spare` is a context with an image that joins every pass without one, and leaves no rows:
+        ranks that share a model's weights must all run its vision tower, or none.
+        """
         self._model, self._points, self._device = model, points, device
         self._batch, self._dtype, self._cross = batch_contexts, dtype, cross_documents
+        self._spare = spare
 
     def alone(self) -> SegmentBuilder:
         """The same host, one context at a time, with rows in float32: for canaries."""
@@ -54,6 +60,7 @@ class SegmentBuilder:
             batch_contexts=1,
             dtype="float32",
             cross_documents=self._cross,
+            spare=self._spare,
         )
 
     def widths(self) -> dict[str, int]:
@@ -69,6 +76,9 @@ class SegmentBuilder:
 
     def dummy(self) -> None:
         """One forward pass over two tokens that nobody keeps: a rank's part in others' passes."""
+        if self._spare is not None:
+            self._run([self._spare])
+            return
         ids_BT = torch.zeros((1, 2), dtype=torch.int64, device=self._device)
         forward(self._model, ids_BT, torch.ones_like(ids_BT), None)
 
@@ -94,11 +104,15 @@ class SegmentBuilder:
             first = last
         return token_table(contexts), {name: _array(x) for name, x in kept.items()}
 
-    def _run(self, batch: Sequence[Context]) -> dict[str, Tensor]:
-        """Activations (rows, d) of the real tokens, by hook."""
-        if len(groups := alike(batch)) > 1:
+    def _run(self, batch: Sequence[Context], shared: bool = False) -> dict[str, Tensor]:
+        """Activations (rows, d) of the real tokens, by hook; `shared` if all fit into one pass."""
+        if not shared and len(groups := alike(batch)) > 1:
             parts = [self._run(group) for group in groups]
             return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        if self._spare is not None and not any(map(pictured, batch)):
+            rows = sum(map(len, batch))
+            found = self._run([*batch, self._spare], shared=True)
+            return {name: x[:rows] for name, x in found.items()}
         ids_BT, real_BT = _pad(batch)
         inputs = joined(batch, self._model, self._device, ids_BT.shape[1])
         mask: Masks = real_BT.to(self._device)
