@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -16,8 +17,9 @@ from actcache.cli import main
 from actcache.errors import HostError
 from actcache.hooks import resolve
 from actcache.host import Host, HostSettings
+from actcache.plan import PlanSettings, plan
 from actcache.run import run
-from actcache.store import IdentityError, open_store
+from actcache.store import IdentityError, SettingsError, open_store
 
 # peft 0.21 on transformers 5.23, when it makes a model to be trained.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -327,3 +329,19 @@ def test_options_of_the_command(asked, folder_of, adapter_of, tmp_path, capsys):
     assert 'host.quantization: the store has (absent), you asked for {"load_in_8bit": true}' in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("key", ["load_in_8bit", "load_in_4bit"])
+def test_plan_counts_the_bytes_of_a_quantised_host(key, folder_of):  # F54
+    pytest.importorskip("bitsandbytes")
+    settings = HostSettings(
+        model=str(folder_of("llama")), quantization={key: True}, dtype="bfloat16"
+    )
+    host = Host(settings)
+    model = host.load(resolve(["resid.1"], None, host.skeleton()))
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    asked = PlanSettings(host=settings, tokens=1000, hooks=("resid.1",), context=32)
+    assert plan(asked).model.weights == held
+    strange = replace(settings, quantization={"quant_method": "awq"})
+    with pytest.raises(SettingsError, match="only load_in_8bit and load_in_4bit can be planned"):
+        plan(replace(asked, host=strange))

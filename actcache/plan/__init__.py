@@ -56,7 +56,7 @@ def plan(
         shape = Shape(model, points, settings.context)
         hooks = hook_infos(points, hook_widths(host, model, points), settings.layout, layout)
     planned, disk = plan_disk(sizes, first, hooks, layout, shape.vocab)
-    described = shape.plan(settings.host.dtype)
+    described = shape.plan(settings.host)
     time = plan_time(disk, described.flops, a)
     memory = plan_memory(settings, shape, described, hooks, a)
     return Plan(

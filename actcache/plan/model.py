@@ -30,7 +30,7 @@ from actcache.plan.records import (
     PlanSettings,
 )
 from actcache.run import CacheSettings
-from actcache.store import HookInfo
+from actcache.store import HookInfo, SettingsError
 from actcache.store.int8 import CALIBRATION_ROWS
 from actcache.store.layout import (
     DTYPES,
@@ -125,6 +125,8 @@ class Shape:
         self.k_of_experts = _experts(self.text)
         self.everything = sum(p.numel() for p in model.parameters())
         self.run = {n: p for n, p in model.named_parameters() if not self._behind(n)}
+        modules = model.named_modules()
+        self.linear = {f"{n}.weight" for n, m in modules if isinstance(m, nn.Linear)}
         skipped = {
             id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
         }
@@ -182,7 +184,21 @@ class Shape:
         one = getattr(self.text, "moe_intermediate_size", None) or wide
         return max(self.k_of_experts[0] * int(one or 0), int(wide or 0))
 
-    def plan(self, dtype: str) -> ModelPlan:
+    def _weights(self, host: HostSettings) -> int:
+        """Bytes of the parameters that run; bitsandbytes has linear layers in 8 or in 4 bits."""
+        size = hosts.DTYPES[host.dtype].itemsize
+        total = size * sum(p.numel() for p in self.run.values())
+        asked = host.quantization or {}
+        small = {"load_in_8bit": 1.0, "load_in_4bit": 0.5}
+        per = next((b for key, b in small.items() if asked.get(key)), None)
+        if asked and per is None:
+            raise SettingsError(
+                f"host.quantization={asked}: only load_in_8bit and load_in_4bit can be planned"
+            )
+        linear = sum(p.numel() for n, p in self.run.items() if n in self.linear)
+        return total if per is None else round(total - linear * (size - per))
+
+    def plan(self, host: HostSettings) -> ModelPlan:
         run = sum(p.numel() for p in self.run.values())
         active = round(sum(self._used(n, p) for n, p in self.matrices.items()))
         return ModelPlan(
@@ -192,7 +208,7 @@ class Shape:
             parameters=self.everything + self.head,
             parameters_run=run,
             parameters_active=active,
-            weights=run * hosts.DTYPES[dtype].itemsize,
+            weights=self._weights(host),
             flops=2 * active + 2 * self.blocks_run * self.context * sum(self.heads),
         )
 
