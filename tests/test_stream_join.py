@@ -23,7 +23,9 @@ EVERYTHING = {"split": "all", "skip_special": False}
 
 def named(hook, rng, tokens, d, *, model):
     """Rows that name their token: a function of model, hook, document, context and position."""
-    key = tokens.doc % 997 + 31.0 * tokens.ctx + 7.0 * tokens.pos + len(hook) + 1000.0 * model
+    key = (
+        tokens.doc % 99991 * 0.618 + 31.7 * tokens.ctx + 7.13 * tokens.pos + len(hook) + 1e3 * model
+    )
     return np.sin(key[:, None] * (1 + np.arange(d)))
 
 

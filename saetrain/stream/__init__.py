@@ -4,6 +4,17 @@ from saetrain.stream.ahead import Traffic
 from saetrain.stream.batch import Batch
 from saetrain.stream.join import JoinedSnapshot, join
 from saetrain.stream.rows import RowFilter, Split
+from saetrain.stream.sequences import SequenceBatch, SequenceStream
 from saetrain.stream.stream import Stream
 
-__all__ = ["Batch", "JoinedSnapshot", "RowFilter", "Split", "Stream", "Traffic", "join"]
+__all__ = [
+    "Batch",
+    "JoinedSnapshot",
+    "RowFilter",
+    "SequenceBatch",
+    "SequenceStream",
+    "Split",
+    "Stream",
+    "Traffic",
+    "join",
+]
