@@ -22,7 +22,7 @@ from saetrain.stream import Batch
 
 METRICS = "metrics.jsonl"
 # What differs between two equal runs; everything else in a row is a function of the settings.
-TIMING_KEYS = ("tokens_per_s", "data_wait", "seconds")
+TIMING_KEYS = ("tokens_per_s", "data_wait", "read_gb_per_s", "seconds")
 
 
 def say(message: str) -> None:

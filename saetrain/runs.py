@@ -23,7 +23,11 @@ import torch
 
 import saetrain
 from actcache.store import Snapshot, open_store
+from actcache.store.cached import through
+from actcache.store.local_cache import LocalCache
+from actcache.store.places import IN_FLIGHT, Remote
 from saetrain.errors import ConfigError, TrainingError
+from saetrain.log import say
 from saetrain.saes import make_config
 from saetrain.saes.base import HookSpace
 from saetrain.settings import TrainSettings
@@ -92,7 +96,14 @@ def open_snapshot(settings: TrainSettings) -> Snapshot:
     """The store's snapshot to train on: the one named, or the newest."""
     if settings.store is None:
         raise ConfigError("missing: store. Give the path of a store made by actcache, store=PATH")
-    return open_store(settings.store).snapshot(settings.snapshot)
+    store = open_store(settings.store)
+    if settings.stream.cache_dir is not None:
+        if not isinstance(store.path, Remote):
+            say(f"stream.cache_dir has no effect: {settings.store} is a folder, not at a server")
+        else:
+            size = int(settings.stream.cache_gb * 1e9)
+            store = through(store, LocalCache(settings.stream.cache_dir, size))
+    return store.snapshot(settings.snapshot)
 
 
 def resolve(settings: TrainSettings, snapshot: Snapshot) -> TrainSettings:
@@ -118,6 +129,7 @@ def open_source(settings: TrainSettings, snapshot: Snapshot, device: torch.devic
             split=split,
             held_out_fraction=settings.held_out_fraction,
             device=device,
+            **stream_options(settings, snapshot),
         )
         return cast(BatchStream, stream)
 
@@ -135,6 +147,14 @@ def open_source(settings: TrainSettings, snapshot: Snapshot, device: torch.devic
         start=train.state_dict(),
         snapshot=snapshot,
     )
+
+
+def stream_options(settings: TrainSettings, snapshot: Snapshot) -> dict[str, Any]:
+    """`stream: …` as keyword arguments of a Stream over `snapshot`."""
+    options = dict(vars(settings.stream))
+    if options["threads"] is None and isinstance(snapshot.store.path, Remote):
+        options["threads"] = IN_FLIGHT  # they wait for a server, not for a processor
+    return {k: v for k, v in options.items() if k not in ("cache_dir", "cache_gb")}
 
 
 def sources(

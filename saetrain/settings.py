@@ -35,6 +35,7 @@ NOT_RESULT = (
     "report",
     "saes_path",
 )
+NOT_RESULT_STREAM = ("threads", "cache_dir", "cache_gb")  # of `stream`: how fast, not which rows
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
 
@@ -98,6 +99,27 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """Which rows are read, how they are mixed, and where copies of remote stores are kept."""
+
+    window_rows: int = 65_536  # rows that are shuffled together; two such windows are in memory
+    run_chunks: int = 1  # neighbouring chunks read at once: faster on slow disks, mixes less
+    shuffle: bool = True  # False: stored order, shuffled within windows only
+    skip_special: bool = True  # leave out special tokens of the tokenizer
+    modality: Literal["all", "text", "image"] = "all"
+    roles: tuple[str, ...] | None = None  # of chats: user, assistant, …; None: all
+    threads: int | None = None  # that read; None: 4 at most, 16 for a store at a server
+    cache_dir: str | None = None  # folder for copies of a store at a server; None: no copies
+    cache_gb: float = 50.0  # 1e9 bytes that these copies may take
+
+    def __post_init__(self) -> None:
+        for name in ("window_rows", "run_chunks", "threads", "cache_gb"):
+            _positive(f"stream.{name}", getattr(self, name))
+        if self.cache_dir == "":
+            raise ConfigError("stream.cache_dir is empty: name a folder, or null for no copies")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """When to write checkpoints and how many to keep. One is always written at the last step."""
 
@@ -136,6 +158,7 @@ class TrainSettings:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
     device: str = "auto"
     held_out_fraction: float = 0.05  # of the documents
+    stream: StreamSettings = field(default_factory=StreamSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     wandb: WandbSettings = field(default_factory=WandbSettings)
@@ -187,6 +210,7 @@ class TrainSettings:
     def result_key(self) -> str:
         """sha256 (hex) of the settings that decide the result. Paths and logging are left out."""
         kept = {k: v for k, v in self.to_dict().items() if k not in NOT_RESULT}
+        kept["stream"] = {k: v for k, v in kept["stream"].items() if k not in NOT_RESULT_STREAM}
         canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -30,6 +30,7 @@ from saetrain.saes import make_sae
 from saetrain.saes.base import Progress
 from saetrain.settings import TrainSettings
 from saetrain.stream import Batch
+from saetrain.stream.told import Told
 from saetrain.window import Window, step_numbers
 
 
@@ -104,6 +105,7 @@ class Trainer:
         self.seconds = 0.0  # of training, over all starts
         self.window = Window()
         self._waited, self._row_time = 0.0, 0.0  # since the last row
+        self.told = Told(source.train, say)
         self.facts = {
             "n_steps": self.n_steps,
             "lr": self.optim.lr,
@@ -113,6 +115,8 @@ class Trainer:
 
     def fit(self, logger: Logger) -> None:
         """Train to the last step, logging, evaluating and writing checkpoints on the way."""
+        if self.step < self.n_steps:
+            self.told.begin()
         batches = iter(self.source.train)
         start, before, self._waited = time.perf_counter(), self.seconds, 0.0
         self._row_time = start
@@ -125,6 +129,7 @@ class Trainer:
                 if stop.is_set():
                     raise self._interrupt()
         logger.training_done()
+        self.told.end()
 
     def logger(self) -> Logger:
         """The outputs of this run from the present step on."""
@@ -200,6 +205,9 @@ class Trainer:
             row["fve"] = 1.0 - row["fvu"]
         row |= {"dead": float(self.sae.dead.float().mean()), "lr": self.optim.lr * factor}
         row |= {"tokens_per_s": done * batch_tokens / seconds, "data_wait": self._waited / seconds}
+        row |= self.told.reading(self._waited, seconds)
+        if self.step <= self.settings.log_every:
+            row |= self.told.mixing()
         self._waited, self._row_time = 0.0, now
         return row | {"seconds": self.seconds}
 

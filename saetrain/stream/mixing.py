@@ -72,8 +72,8 @@ def advice(found: Mixing, stream: Stream) -> str | None:
     return (
         f"batches hold about {found.kappa:.1f} other tokens of each token's context, a perfect "
         f"shuffle {found.ideal:.2g}: gradients are noisier than the batch size suggests. "
-        f"window_rows={wanted:,} would bring it to about {HIGH:g}"
-        + ("" if stream.run_chunks == 1 else ", or use run_chunks=1")
+        f"stream.window_rows={wanted} would bring it to about {HIGH:g}"
+        + ("" if stream.run_chunks == 1 else ", or use stream.run_chunks=1")
     )
 
 

@@ -122,7 +122,7 @@ class Stream:
 
     def space(self, hook: str) -> HookSpace:
         """Width and statistics of a hook, from the store's commits."""
-        stats = self.snapshot.stats(hook)
+        stats = self.snapshot.stats(hook, special=not self.filter.skip_special)
         return HookSpace(
             name=hook,
             d=len(stats.mean),

@@ -1,0 +1,75 @@
+"""What a training run says about its data: how well batches are mixed, how fast they come.
+
+Before the first step: κ, measured on the first batches and by formula, and the documents of a
+batch; if κ is high, the setting that lowers it (not for batches of whole contexts, which it is not
+about). With every row of metrics: GB/s read, and the share
+of the time that training waited (`data_wait`). At the end: both over the whole run.
+
+Cost: token tables of the segments that the first window touches, once per start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from saetrain.stream.ahead import Traffic
+from saetrain.stream.mixing import Mixing, advice, measure
+from saetrain.stream.stream import Stream
+
+Say = Callable[[str], None]
+
+
+class Told:
+    """Follows one stream through one training run."""
+
+    def __init__(self, stream: object, say: Say) -> None:
+        """`stream` is any source of batches; of what it cannot tell, nothing is said."""
+        self._stream, self._say = stream, say
+        self._mixing: Mixing | None = None
+        self._started = time.perf_counter()
+        self._waited, self._bytes = 0.0, 0  # of the whole run; at the last row
+
+    @property
+    def _traffic(self) -> Traffic | None:
+        return getattr(self._stream, "traffic", None)
+
+    def begin(self) -> None:
+        """Before the first step of this process."""
+        self._started = time.perf_counter()
+        if type(self._stream) is Stream:
+            self._mixing = measure(self._stream)
+            self._say(str(self._mixing))
+            if (wanted := advice(self._mixing, self._stream)) is not None:
+                self._say(f"warning: {wanted}")
+
+    def mixing(self) -> dict[str, float]:
+        """For the first row of metrics: the same numbers whenever a run is continued."""
+        found = self._mixing
+        if found is None:
+            return {}
+        return {
+            "kappa": found.kappa,
+            "kappa_formula": found.predicted,
+            "kappa_ideal": found.ideal,
+            "documents_per_batch": found.documents,
+        }
+
+    def reading(self, waited: float, seconds: float) -> dict[str, float]:
+        """For a row of metrics about the last `seconds`, of which training waited `waited`."""
+        self._waited += waited
+        traffic = self._traffic
+        if traffic is None:
+            return {}
+        read, self._bytes = traffic.bytes - self._bytes, traffic.bytes
+        return {"read_gb_per_s": read / max(seconds, 1e-9) / 1e9}
+
+    def end(self) -> None:
+        """After the last step."""
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        traffic = self._traffic
+        if traffic is not None:
+            self._say(
+                f"data: {traffic.bytes / 1e9:.3g} GB read, {traffic.bytes / seconds / 1e9:.3g} "
+                f"GB/s; training waited for it {self._waited / seconds:.1%} of {seconds:,.0f} s"
+            )
