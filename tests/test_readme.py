@@ -42,7 +42,7 @@ def test_actcache_commands_compose():
     for overrides in runs:
         values = OmegaConf.to_container(composed("cache", overrides), throw_on_missing=True)
         build(CacheSettings, values)
-    allowed = {"run", "info", "verify", "find", "add-hooks", "ls", "cp", "gc", "plan"}
+    allowed = {"run", "info", "verify", "find", "add-hooks", "ls", "cp", "requantise", "gc", "plan"}
     assert {"run", "info", "verify"} <= {c[0] for c in commands("actcache")} <= allowed
 
 
