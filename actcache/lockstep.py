@@ -14,6 +14,7 @@ Source: the synced_gpus of transformers' generate; DeepSpeed issue 860 is the ha
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from actcache.errors import RankError
 from actcache.ranks import Ranks
+
+ONE_PRESS = 3.0  # seconds within which SIGINTs are one Ctrl-C
 
 
 class State(IntEnum):
@@ -43,7 +46,7 @@ class Lockstep:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._serving = False
-        self._interrupted = False
+        self._interrupted: float | None = None  # when
         if not dist.is_initialized():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -82,7 +85,7 @@ class Lockstep:
     def _agree(self, state: State) -> list[int]:
         """How many ranks are in each state."""
         count = torch.zeros(len(State), dtype=torch.int64)
-        count[State.STOP if self._interrupted else state] = 1
+        count[state if self._interrupted is None else State.STOP] = 1
         try:
             dist.all_reduce(count)
         except RuntimeError as e:
@@ -98,12 +101,16 @@ class Lockstep:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C here ends all ranks at their next agreement; a second one ends this at once."""
+        """Ctrl-C here ends all ranks at their next agreement; a second one ends this at once.
+
+        The terminal and torchrun both pass one Ctrl-C on, which counts as one.
+        """
 
         def note(*_: object) -> None:
-            if self._interrupted:
+            if self._interrupted is None:
+                self._interrupted = time.monotonic()
+            elif time.monotonic() - self._interrupted > ONE_PRESS:
                 raise KeyboardInterrupt
-            self._interrupted = True
 
         before = signal.signal(signal.SIGINT, note)
         try:
