@@ -25,20 +25,10 @@ logging.disable(logging.WARNING)
 
 
 def cache(
-    host,
-    model_class,
-    ids,
-    out,
-    hook,
-    d,
-    tokens,
-    context,
-    batch_tokens,
-    buffer_tokens,
-    dtype,
+    host, model_class, ids, out, hooks, d, tokens, context, batch_tokens, buffer_tokens, dtype,
     threads,
-):
-    """One run of the cache runner; tokens, times, bytes and a digest of the token ids.
+):  # fmt: skip
+    """A run of the cache runner for each hook; tokens, times, bytes, a digest of the token ids.
 
     `ids` is a file with the packed token ids: the runner's own packing of text drops a separator
     where a document ends with a context, so it would cache other tokens.
@@ -48,33 +38,37 @@ def cache(
         loading.OFFICIAL_MODEL_NAMES.append(host)
     shutil.rmtree(out, ignore_errors=True)
     size = {"float32": 4, "float16": 2}[dtype]
-    cfg = CacheActivationsRunnerConfig(
-        dataset_path=ids,  # a name only
-        model_name=host,
-        model_class_name=model_class,
-        model_batch_size=batch_tokens // context,
-        hook_name=hook,
-        d_in=d,
-        training_tokens=tokens,
-        context_size=context,
-        new_cached_activations_path=out,
-        dtype=dtype,
-        device="cpu",
-        # Whole batches up to this size are held in memory, then saved.
-        buffer_size_gb=(buffer_tokens + 0.5) * d * size / 1e9,
-        prepend_bos=False,
-        shuffle=False,
-    )
-    contexts = np.load(ids).astype(np.int64).reshape(-1, context)
-    dataset = Dataset.from_dict({"input_ids": contexts})
-    runner = CacheActivationsRunner(cfg, override_dataset=dataset)
+    contexts = np.load(ids)[:tokens].astype(np.int64).reshape(-1, context)
+    runners = []
+    for number, hook in enumerate(hooks):
+        cfg = CacheActivationsRunnerConfig(
+            dataset_path=ids,  # a name only
+            model_name=host,
+            model_class_name=model_class,
+            model_batch_size=batch_tokens // context,
+            hook_name=hook,
+            d_in=d,
+            training_tokens=tokens,
+            context_size=context,
+            new_cached_activations_path=f"{out}/{number}",
+            dtype=dtype,
+            device="cpu",
+            # Whole batches up to this size are held in memory, then saved.
+            buffer_size_gb=(buffer_tokens + 0.5) * d * size / 1e9,
+            prepend_bos=False,
+            shuffle=False,
+        )
+        dataset = Dataset.from_dict({"input_ids": contexts})
+        runners.append(CacheActivationsRunner(cfg, override_dataset=dataset))
     with clock() as times:
-        found = runner.run()
-    ids = found.with_format("numpy")["token_ids"][:].astype("<i4")
+        found = [runner.run() for runner in runners]
+    ids = [f.with_format("numpy")["token_ids"][:].astype("<i4") for f in found]
+    if any((other != ids[0]).any() for other in ids):
+        raise RuntimeError("its runs cached different tokens")
     return times | {
-        "tokens": int(ids.size),
+        "tokens": int(ids[0].size),
         "bytes": sum(f.stat().st_size for f in Path(out).rglob("*") if f.is_file()),
-        "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "ids": hashlib.sha256(ids[0].tobytes()).hexdigest(),
     }
 
 
