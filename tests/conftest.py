@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from buckets import copied, moto, s3, small_store, there  # noqa: F401
 from cache import SMALL
 
 from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
