@@ -7,17 +7,21 @@ The processor of the folder has patches of 4 x 4 pixels and merges 2 x 2 of them
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from cache import SMALL
 from conftest import tiny_texts
 from PIL import Image
 from tokenizers import AddedToken
 
 from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
-from actcache.host import save_host
+from actcache.host import HostSettings, save_host
+from actcache.run import CacheSettings
+from actcache.sources import DataSettings
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 IMAGE = "<|image_pad|>"
@@ -128,3 +132,26 @@ def write_chats(folder, messages=SHOWN, pictures=PICTURES, *, names=("messages",
     folder.mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), folder / "chats.parquet", row_group_size=2)
     return folder
+
+
+def asking(host, shown, store):
+    """A maker of settings for a store of images: keyword arguments replace fields, `data_…` those
+    of data."""
+
+    def make(**kw):
+        context = kw.get("context", 128)
+        data = {"messages_column": "messages", "images_column": "images", "id_column": "id"}
+        data |= {"files": str(shown)}
+        data |= {k.removeprefix("data_"): kw.pop(k) for k in list(kw) if k.startswith("data_")}
+        defaults = {
+            "host": HostSettings(model=str(host), batch_tokens=256),
+            "data": DataSettings(**data),
+            "store": str(store),
+            "hooks": ("resid.0", "resid.1", "mlp.1", "resid_pre.0"),
+            "context": context,
+            "layout": replace(SMALL, segment_rows=128 // context * context),
+            "progress": False,
+        }
+        return CacheSettings(**(defaults | kw))
+
+    return make

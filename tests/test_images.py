@@ -14,8 +14,7 @@ from chats import (
     PICTURES,
     SHOWN,
     TEMPLATE,
-    picture,
-    say,
+    asking,
     vision_host,
     write_chats,
 )
@@ -25,10 +24,10 @@ from actcache.add_hooks import AddHooksSettings, add_hooks
 from actcache.canary import check
 from actcache.chat import ChatPacking, decode_image
 from actcache.data import Context, load_processor
-from actcache.errors import DataError, HookError, HostError
+from actcache.errors import DataError, HookError
 from actcache.host import Host, HostSettings
 from actcache.inputs import alike, joined
-from actcache.run import CacheSettings, PackSettings, run
+from actcache.run import PackSettings, run
 from actcache.sources import DataSettings, open_source
 from actcache.store import FLAG_IMAGE, FLAG_SPECIAL, ROLES, StoreMissingError, eligible, roles_of
 
@@ -47,25 +46,7 @@ def shown(tmp_path_factory):
 
 @pytest.fixture
 def wanted(host, shown, tmp_path):
-    """Settings for a store of images; keyword arguments replace fields, `data_…` those of data."""
-
-    def make(**kw):
-        context = kw.get("context", 128)
-        data = {"messages_column": "messages", "images_column": "images", "id_column": "id"}
-        data |= {"files": str(shown)}
-        data |= {k.removeprefix("data_"): kw.pop(k) for k in list(kw) if k.startswith("data_")}
-        defaults = {
-            "host": HostSettings(model=str(host), batch_tokens=256),
-            "data": DataSettings(**data),
-            "store": str(tmp_path / "store"),
-            "hooks": HOOKS,
-            "context": context,
-            "layout": dataclasses.replace(SMALL, segment_rows=128 // context * context),
-            "progress": False,
-        }
-        return CacheSettings(**(defaults | kw))
-
-    return make
+    return asking(host, shown, tmp_path / "store")
 
 
 # -- an independent way from messages to activations -----------------------------------------------
@@ -342,84 +323,6 @@ def test_contexts_share_a_pass_only_if_their_tensors_can_be_joined():
 def test_hooks_of_the_vision_tower_are_refused_with_the_reason(wanted, hook):
     with pytest.raises(HookError, match=r"vision tower, whose rows are patches.*resid_pre\.0"):
         run(wanted(hooks=(hook,)))
-
-
-# -- bad input -------------------------------------------------------------------------------------
-
-
-def broken(folder, messages, pictures):
-    return {"data_files": str(write_chats(folder, messages, pictures, id=["x"]))}
-
-
-def test_fewer_images_than_parts_that_show_one(wanted, tmp_path):
-    bad = broken(tmp_path / "bad", SHOWN[:1], [PICTURES[0][:1]])
-    with pytest.raises(DataError, match=r"conversation 'x' shows 2 images.*brings 1"):
-        run(wanted(**bad))
-
-
-def test_images_that_no_message_shows(wanted, tmp_path):
-    bad = broken(tmp_path / "bad", SHOWN[1:2], [[picture(8, 8)]])
-    with pytest.raises(DataError, match=r"shows 0 images.*brings 1"):
-        run(wanted(**bad))
-
-
-def test_a_text_that_spells_the_placeholder(wanted, tmp_path):
-    bad = broken(tmp_path / "bad", [[say("user", ..., f"what is {IMAGE}?")]], [[picture(8, 8)]])
-    with pytest.raises(DataError, match=r"2 times <\|image_pad\|>, for 1 images.*spell"):
-        run(wanted(**bad))
-
-
-@pytest.mark.parametrize(
-    "data", [b"no image", b"", picture(24, 16)[:-40], picture(64, 64, format="JPEG")[:900]]
-)
-def test_an_image_that_does_not_decode(wanted, tmp_path, data):
-    bad = broken(tmp_path / "bad", SHOWN[:1], [[picture(8, 8), data]])
-    with pytest.raises(DataError, match=r"image 1 of conversation 'x' does not decode"):
-        run(wanted(**bad))
-
-
-def test_images_that_are_only_named(wanted, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    write_chats(tmp_path / "bad", SHOWN[2:], PICTURES[2:], id=["x"])
-    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    table = pq.read_table(tmp_path / "bad").set_column(
-        2, "images", pa.array([[{"bytes": None, "path": "x.png"}]], kind)
-    )
-    pq.write_table(table, tmp_path / "bad" / "chats.parquet")
-    with pytest.raises(DataError, match=r"holds a path and no bytes \('x\.png'"):
-        run(wanted(data_files=str(tmp_path / "bad")))
-
-
-def test_a_host_that_takes_no_images(wanted, tiny_host):
-    with pytest.raises(HostError, match=r"data\.images_column=images.*takes no images"):
-        run(wanted(host=HostSettings(model=str(tiny_host))))
-
-
-def test_messages_that_show_images_without_a_column_of_them(wanted):
-    with pytest.raises(DataError, match=r"shows 2 images.*brings 0 in data\.images_column=None"):
-        run(wanted(data_images_column=None))
-
-
-def test_an_images_column_that_holds_something_else(wanted, shown):
-    with pytest.raises(DataError, match=r"data\.images_column=id: expected images as bytes"):
-        open_source(wanted(data_images_column="id").data)
-    with pytest.raises(DataError, match=r"data\.images_column=image: no such.*Did you mean images"):
-        open_source(wanted(data_images_column="image").data)
-    with pytest.raises(DataError, match=r"needs data\.messages_column too"):
-        open_source(DataSettings(files=str(shown), images_column="images"))
-
-
-def test_without_pillow_there_is_one_sentence(wanted, monkeypatch):
-    import actcache.data
-
-    def missing(*_):
-        raise ImportError("it requires Pillow")
-
-    monkeypatch.setattr(actcache.data, "_processor", missing)
-    with pytest.raises(HostError, match=r"images need Pillow: pip install"):
-        run(wanted())
 
 
 def test_images_are_turned_as_their_exif_says():
