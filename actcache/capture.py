@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
@@ -101,8 +101,8 @@ class LazyCapture:
         tick()
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Where Ctrl-C ends all ranks that share the host at the same forward pass."""
-        return self._lockstep.interruptible() if self._lockstep else nullcontext()
+        """Where Ctrl-C counts once, and ends ranks that share the host at the same forward pass."""
+        return (self._lockstep or ranks.current()).interruptible()
 
     @cached_property
     def infos(self) -> list[HookInfo]:

@@ -26,9 +26,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from actcache.errors import RankError
-from actcache.ranks import Ranks
-
-ONE_PRESS = 3.0  # seconds within which SIGINTs are one Ctrl-C
+from actcache.ranks import ONE_PRESS, Ranks
 
 
 class State(IntEnum):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from actcache.store.errors import IdentityError
 from actcache.store.ids import diff
 
 POLL = 0.2  # seconds between looks at a key that another rank will set
+ONE_PRESS = 3.0  # seconds within which SIGINTs are one Ctrl-C
 GRACE = 10.0  # seconds that a rank has to end by itself once another one has failed
 
 
@@ -167,6 +169,25 @@ class Ranks:
         self.refuse_failed()
         if self.size > 1 and self.store.check(["stop"]):
             raise KeyboardInterrupt
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Where Ctrl-C is KeyboardInterrupt once, though terminal and torchrun both pass it on."""
+        if self.size == 1:
+            yield
+            return
+        pressed: list[float] = []
+
+        def note(*_: object) -> None:
+            pressed.append(time.monotonic())
+            if len(pressed) == 1 or pressed[-1] - pressed[0] > ONE_PRESS:
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def fail(self) -> bool:
         """Tell the others that this rank has failed; True if it is the first to."""
