@@ -1,5 +1,6 @@
 """Stores of int8: made by `actcache run`, read by us, zarr-python, zarrs, TensorStore."""  # F112
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import tensorstore
@@ -26,6 +28,7 @@ from actcache.sources import DataSettings
 from actcache.store import DamagedError, IdentityError, dequantise, open_store, verify
 from actcache.store.claims import Claims
 from actcache.store.copy import copy_snapshot
+from actcache.store.schema import Commit, load
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +260,58 @@ def test_killed_while_calibrations_are_published_and_the_rerun_gives_the_quiet_s
 def calibration_files(settings):
     folder = Path(settings.store) / "calibrations"
     return {p.name: p.read_bytes() for p in folder.glob("[0-9a-f]*.json")}
+
+
+# -- stores from others ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("scales", np.inf, "a scale is not finite"),
+        ("scales", np.nan, "a scale is not finite"),
+        ("calibration", np.nan, "finite means and positive standard deviations"),
+        ("calibration", -1.0, "finite means and positive standard deviations"),
+        ("calibration", 2.0, "is not the calibration that the commit names"),
+    ],
+)
+def test_impossible_values_with_good_checksums_are_refused(
+    int8_store, tmp_path, part, value, message
+):
+    store = open_store(shutil.copytree(int8_store[0].path, tmp_path / "store"))
+    segment = store.snapshot().segments[0]
+    path = next(p for p in (segment.path / part / "resid.1" / "c").rglob("*") if p.is_file())
+    info = segment.hooks["resid.1"]
+    size = 4 * info.chunk_rows if part == "scales" else 8 * info.d  # of the first chunk
+    data = bytearray(path.read_bytes())
+    data[size - 4 : size] = np.float32(value).tobytes()  # the last std, or a scale
+    data[size : size + 4] = int(google_crc32c.value(bytes(data[:size]))).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match=message):
+        segment.acts("resid.1").read()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["objects"].pop(names(c).index("scales")), "not name exactly its files"),
+        (lambda c: c["objects"].pop(names(c).index("calibration")), "not name exactly its files"),
+        (lambda c: c["hooks"][0].update(int8=None), "int8 without its error"),
+        (lambda c: c["hooks"][0]["info"].update(dtype="float32"), "not name exactly its files"),
+        (lambda c: c["hooks"][0]["int8"].update(fvu=-1.0), "an error of storage is negative"),
+        (lambda c: c["hooks"][0]["int8"].update(calibration="x"), "is not a digest"),
+    ],
+)
+def test_impossible_commits_are_refused(int8_store, change, message):
+    segment = int8_store[0].snapshot().segments[0]
+    [path] = (int8_store[0].path / "commits").glob(f"{segment.id}.*.json")
+    record = json.loads(path.read_text())
+    load(Commit, json.dumps(record).encode(), path)
+    change(record)
+    with pytest.raises(DamagedError, match=message):
+        load(Commit, json.dumps(record).encode(), path)
+
+
+def names(record):
+    """What each object of a commit is a part of: tokens, acts, scales, calibration."""
+    return [o["key"].split("/")[2] for o in record["objects"]]
