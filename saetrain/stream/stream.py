@@ -192,6 +192,11 @@ class Stream:
 
     def one_pass(self) -> Iterator[Batch]:
         """Every eligible row once, in stored order; the last batch may be short."""
+        n, each = self._per_epoch, self._per_batch
+        yield from self.in_order(-(-n // each), lambda s: min(n, s * each))
+
+    def in_order(self, steps: int, bound: Callable[[int], int]) -> Iterator[Batch]:
+        """`one_pass`, cut as `slices` does."""
         plan = windows(
             self._per_unit,
             window_rows=self._per_window,
@@ -199,8 +204,7 @@ class Stream:
             shuffle_units=False,
             shuffle_rows=False,
         )
-        n, each = self._per_epoch, self._per_batch
-        pieces = self._batches(((0, w) for w in plan), 0, -(-n // each), lambda s: min(n, s * each))
+        pieces = self._batches(((0, w) for w in plan), 0, steps, bound)
         yield from to_device(pieces, self.device, self._decode)
 
     def _all_windows(self, epoch: int, first: int, end: int) -> Iterator[tuple[int, Window]]:
