@@ -24,10 +24,10 @@ from actcache import canary, ranks
 from actcache.calibrate import calibrate
 from actcache.capture import LazyCapture
 from actcache.data import Context, Packing
+from actcache.order import InputOrder
 from actcache.sources import Source, Unit
 from actcache.store.claims import Claims
 from actcache.store.errors import SettingsError
-from actcache.store.ids import digest
 from actcache.store.layout import CLAIMS, segment_id
 from actcache.store.schema import Commit
 from actcache.store.writer import StoreWriter
@@ -124,8 +124,7 @@ class Filler:
         self.writer, self.capture, self.say = writer, capture, say
         self._written = WriteBehind(writer, capture)
         self._ids = capture.activation_ids
-        self._plan = self._ordered()
-        self._seen: list[Unit] = []  # units looked at so far, in plan order
+        self._order = InputOrder(settings, source, packing, capture.tokenizer, writer.identity)
         self._ended = False  # a stream has no more units
         self._empty: set[int] = set()  # units without a token
         self._canary = False  # it is in the store
@@ -137,21 +136,6 @@ class Filler:
         return self._written.computed
 
     # -- the plan ---------------------------------------------------------------------------------
-
-    def _ordered(self) -> Iterator[Unit]:
-        """Parquet units in keyed random order, a fair sample anywhere; a stream's as they come."""
-        units = self.source.units(self.settings.layout.unit_bytes)
-        if self.source.identity["kind"] != "parquet":
-            return units
-        key = self.writer.identity.token_stream_id
-        return iter(sorted(units, key=lambda unit: digest([key, unit.number])))
-
-    def _units(self) -> Iterator[Unit]:
-        """The plan from its start, however often it is walked."""
-        yield from list(self._seen)
-        for unit in self._plan:
-            self._seen.append(unit)
-            yield unit
 
     def _mine(self, position: int) -> bool:
         if self.settings.part is None:
@@ -172,16 +156,13 @@ class Filler:
         """Committed segments in plan order, as many as the budget asks for."""
         segments: list[str] = []
         rows = 0
-        for unit in self._seen:
+        for unit in self._order.seen:
             for commit in self._commits(unit):
-                if self._enough(rows):
+                if self._order.enough(rows):
                     return segments
                 segments.append(commit.segment)
                 rows += commit.rows
         return segments
-
-    def _enough(self, rows: int) -> bool:
-        return self.settings.tokens is not None and rows >= self.settings.tokens
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -216,8 +197,8 @@ class Filler:
         if not calibrate(self.capture, self.writer, self._segments(), claims, progress):
             return True
         before, busy = 0, False  # rows committed in earlier units
-        for position, unit in enumerate(self._units()):
-            if self._enough(before):
+        for position, unit in enumerate(self._order.units()):
+            if self._order.enough(before):
                 break
             done = self._done(unit, before)
             if not done and self._mine(position):
@@ -237,12 +218,12 @@ class Filler:
             self._guess_total(bar, position + 1, before)
             if not rows and self._ended:
                 break
-        return busy and not self._enough(before)
+        return busy and not self._order.enough(before)
 
     def _guess_total(self, bar: Any, units: int, rows: int) -> None:
         """Without a budget: tokens in all by the share of bytes read, so that time left shows."""
         if self.settings.tokens is None and self.source.identity["kind"] == "parquet":
-            done = sum(u.bytes for u in self._seen[:units])
+            done = sum(u.bytes for u in self._order.seen[:units])
             self._total = self._total or sum(
                 u.bytes for u in self.source.units(self.settings.layout.unit_bytes)
             )
@@ -252,7 +233,7 @@ class Filler:
         """While the host is loaded and the plan's first segment is committed: its canary, once."""
         if not self.computed or self._canary:
             return
-        for unit in self._seen:
+        for unit in self._order.seen:
             if commits := self._commits(unit):
                 canary.write(self.writer, commits[0].segment, self.capture)
                 self._canary = True
@@ -263,33 +244,20 @@ class Filler:
         """Whether the unit lacks nothing that the budget asks for behind `before` rows."""
         commits = self._commits(unit)
         whole = bool(commits) and commits[-1].last_in_unit
-        return whole or self._enough(before + sum(c.rows for c in commits))
+        return whole or self._order.enough(before + sum(c.rows for c in commits))
 
     def _segments(self) -> Iterator[tuple[str, list[Context]]]:
         """The segments of the whole plan from its start, committed or not, up to the budget."""
-        rows = 0
-        for unit in self._units():
-            for index, chunk in enumerate(self._chunks(unit)):
-                if self._enough(rows):
-                    break
-                yield segment_id(unit.number, index), chunk
-                rows += sum(map(len, chunk))
-            if self._enough(rows):
-                return
-
-    def _chunks(self, unit: Unit) -> Iterator[list[Context]]:
-        """The contexts of each segment of a unit."""
-        stream = self.packing.contexts(self.source.read(unit), self.capture.tokenizer)
-        return self.packing.segments(stream, self.writer.identity.layout.segment_rows)
+        return ((segment, contexts) for segment, contexts, _ in self._order.segments())
 
     def _fill_unit(self, unit: Unit, before: int, advance: Callable[[int], object]) -> None:
         """Commit the segments that the unit lacks, until the budget is met."""
-        stream = self._chunks(unit)
+        stream = self._order.contexts(unit)
         chunk, index = next(stream, []), 0
         if not chunk:
             self._empty.add(unit.number)
         self._ended = self._ended or (not chunk and self.source.identity["kind"] != "parquet")
-        while chunk and not self._enough(before):
+        while chunk and not self._order.enough(before):
             following = next(stream, [])
             segment = segment_id(unit.number, index)
             rows = sum(map(len, chunk))
