@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from saes_reference import batchtopk_oracle, groupmax_oracle, topk_oracle
-from test_saes import BATCHTOPK, END, GATED, HOOK, JUMPRELU, MATRYOSHKA, SPACES, X, train
+from saes_rows import END, HOOK, SPACES, X, train
+from test_saes import BATCHTOPK, GATED, JUMPRELU, MATRYOSHKA
 from torch import Tensor
 from training import planted_store, settings
 

@@ -8,18 +8,11 @@ from typing import Any
 import pytest
 import torch
 from saes_reference import recovery, space_of
-from test_saes import (
-    BATCHTOPK,
+from saes_rows import (
     END,
-    GATED,
     HOOK,
-    JUMPRELU,
-    MATRYOSHKA,
-    RELU,
     SPACES,
-    TOPK,
     TRUE,
-    VANILLA,
     D,
     Row,
     X,
@@ -28,6 +21,7 @@ from test_saes import (
     train,
     weights,
 )
+from test_saes import BATCHTOPK, GATED, JUMPRELU, MATRYOSHKA, RELU, TOPK, VANILLA
 from training import planted_store, settings
 
 from saetrain import init

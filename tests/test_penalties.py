@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_saes import HOOK, SPACES, D, X, train
+from saes_rows import HOOK, SPACES, D, X, train
 from torch import Tensor
 
 from saetrain.activations import ReLUConfig, make_activation

@@ -14,21 +14,8 @@ import yaml
 from saes_reference import (
     space_of,
 )
-from test_saes import (
-    END,
-    GATED,
-    HOOK,
-    JUMPRELU,
-    MATRYOSHKA,
-    RELU,
-    ROOT,
-    ROWS,
-    SPACES,
-    TOPK,
-    D,
-    Row,
-    X,
-)
+from saes_rows import END, HOOK, SPACES, D, Row, X
+from test_saes import GATED, JUMPRELU, MATRYOSHKA, RELU, ROOT, ROWS, TOPK
 
 import saetrain.saes as saes
 from saetrain import presets

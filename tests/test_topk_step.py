@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from test_saes import END, HOOK, TOPK, X
+from saes_rows import END, HOOK, X
+from test_saes import TOPK
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

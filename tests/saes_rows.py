@@ -1,0 +1,124 @@
+"""What the rows of tests/test_saes.py are made of: planted data, laws of L0, training by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from saes_reference import planted, space_of
+from torch import Tensor
+
+from saetrain.codes import Codes, l0
+from saetrain.saes import make_sae
+from saetrain.saes.base import SAE, Progress
+
+HOOK = "resid.2"
+D, FEATURES, ACTIVE = 16, 24, 2
+X, TRUE = planted(4096, D, FEATURES, ACTIVE, seed=7)  # not the seed of weights: equal draws
+SPACES = {HOOK: space_of(X, HOOK)}
+UNITS = list(itertools.product(["none", "mean"], ["none", "sqrt_d", "unit"]))
+END = Progress(step=1000, n_steps=1000, tokens=100_000)
+
+Law = Callable[[Codes, Tensor], None]  # (codes, pre-activations)
+
+
+def exactly(k: int) -> Law:
+    """L0 is k wherever at least k pre-activations h are positive, and all positive ones if not."""
+
+    def law(codes: Codes, h_BF: Tensor) -> None:
+        assert torch.equal(l0(codes), (h_BF > 0).sum(-1).clamp(max=k))
+
+    return law
+
+
+def one_of_each(k: int) -> Law:
+    """L0 is the number of groups with a positive pre-activation."""
+
+    def law(codes: Codes, h_BF: Tensor) -> None:
+        groups = h_BF.reshape(len(h_BF), k, -1)
+        assert torch.equal(l0(codes), (groups > 0).any(-1).sum(-1))
+
+    return law
+
+
+def on_average(k: float) -> Law:
+    """k·B latents fire in all, or all positive ones if those are fewer."""
+
+    def law(codes: Codes, h_BF: Tensor) -> None:
+        assert l0(codes).sum() == min(round(k * len(h_BF)), int((h_BF > 0).sum()))
+
+    return law
+
+
+def above(threshold: float) -> Law:
+    def law(codes: Codes, h_BF: Tensor) -> None:
+        assert torch.equal(l0(codes), (h_BF > threshold).sum(-1))
+
+    return law
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One architecture or preset. Rows with other hooks give `spaces`, `acts` and `inputs`."""
+
+    name: str  # of the preset or architecture
+    values: dict[str, Any] = field(default_factory=dict)
+    trained: Law  # L0 in training
+    inferred: Law  # L0 of encode, before any training
+    reference: Callable[..., dict[str, Tensor]]  # (w, x, dead, kind, variance) -> loss terms
+    recovers: float = 0.9  # mean max cosine with a planted dictionary after a short training
+    recovery_values: dict[str, Any] = field(default_factory=dict)  # for that training
+    lr: float = 5e-3
+    more: str = ""  # tells rows of one name apart
+
+    def config(self, **more: Any) -> dict[str, Any]:
+        base = {"name": self.name, "n_latents": 48, "dead_after_tokens": 10**7}
+        return {**base, **self.values, **more}
+
+    def make(self, seed: int = 0, **more: Any) -> SAE:
+        torch.manual_seed(seed)
+        return make_sae(self.config(**more), SPACES)
+
+
+def train(sae: SAE, steps: int, x: Tensor = X, lr: float = 5e-3, batch: int = 256) -> list[float]:
+    """The trainer's order of calls; the reconstruction loss of each step."""
+    optim = torch.optim.Adam(sae.parameters(), lr)
+    gen, seen = torch.Generator().manual_seed(1), []
+    for step in range(steps):
+        optim.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+        rows_B = torch.randint(0, len(x), (batch,), generator=gen)
+        progress = Progress(step=step, n_steps=steps, tokens=(step + 1) * batch)
+        if step == 0:
+            sae.init_from_data({HOOK: x[rows_B]})
+        losses = sae.losses({HOOK: x[rows_B]}, progress)
+        optim.zero_grad()
+        losses.total.backward()
+        sae.before_step()
+        optim.step()
+        sae.after_step()
+        sae.note_firing(losses.codes)
+        seen.append(losses.terms["reconstruction"].item())
+    return seen
+
+
+def weights(sae: SAE) -> dict[str, Tensor]:
+    """Copies of the weights that record gradients of their own."""
+    return {n: p.detach().clone().requires_grad_() for n, p in sae.named_parameters()}
+
+
+def shake(sae: SAE, size: float = 0.1) -> SAE:
+    """Move every weight but thresholds off its special starting value."""
+    gen = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            if not name.endswith("threshold"):
+                p += size * torch.randn(p.shape, generator=gen).to(p)
+    return sae
+
+
+def assert_equal_gradients(sae: SAE, w: Mapping[str, Tensor]) -> None:
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(p.grad, w[name].grad, msg=lambda m, n=name: f"{n}: {m}")
