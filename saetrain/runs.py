@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 import torch
 
 import saetrain
-from actcache.store import Snapshot, open_store
+from actcache.store import Store, open_store
 from actcache.store.cached import through
 from actcache.store.local_cache import LocalCache
 from actcache.store.places import IN_FLIGHT, Remote
@@ -31,6 +31,7 @@ from saetrain.log import say
 from saetrain.saes import make_config
 from saetrain.saes.base import HookSpace
 from saetrain.settings import TrainSettings
+from saetrain.several import Readable, activation_ids, at, open_several, parts, stream_over
 from saetrain.stream import Batch, Stream
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
@@ -58,16 +59,29 @@ class Source:
 
     train: BatchStream
     held_out: BatchStream
-    hook_in: str
-    hook_out: str
+    hooks_in: tuple[str, ...]
+    hooks_out: tuple[str, ...]
     start: dict[str, Any]  # state of `train` before its first batch
-    snapshot: Snapshot | None  # None: the batches do not come from a store
+    snapshot: Readable | None  # None: the batches do not come from a store
+
+    @property
+    def hook_in(self) -> str:
+        """The first input hook, the only one of most architectures."""
+        return self.hooks_in[0]
+
+    @property
+    def hook_out(self) -> str:
+        return self.hooks_out[0]
 
     def spaces(self) -> dict[str, HookSpace]:
-        return {h: self.train.space(h) for h in dict.fromkeys((self.hook_in, self.hook_out))}
+        """Of all hooks, input hooks first, in the architecture's order."""
+        return {h: self.train.space(h) for h in dict.fromkeys((*self.hooks_in, *self.hooks_out))}
 
     def ids(self) -> dict[str, Any]:
-        """Store, token stream, snapshot and activation ids; empty without a store."""
+        """Store, token stream, snapshot and activation ids, of several stores by label.
+
+        Empty without a store.
+        """
         snap = self.snapshot
         if snap is None:
             return {}
@@ -75,7 +89,7 @@ class Source:
             "store_id": snap.store_id,
             "token_stream_id": snap.token_stream_id,
             "snapshot": snap.name,
-            "activation_ids": {h: snap.hooks[h].activation_id for h in self.spaces()},
+            "activation_ids": activation_ids(snap, self.spaces()),
         }
 
 
@@ -92,36 +106,47 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def open_snapshot(settings: TrainSettings) -> Snapshot:
-    """The store's snapshot to train on: the one named, or the newest."""
+def open_snapshot(settings: TrainSettings) -> Readable:
+    """What to train on: the snapshot named, or the newest; of several stores, see `several`."""
+    if settings.stores is not None:
+        return open_several(settings, lambda path: _open(path, settings))
     if settings.store is None:
         raise ConfigError("missing: store. Give the path of a store made by actcache, store=PATH")
-    store = open_store(settings.store)
+    assert not isinstance(settings.snapshot, dict)  # TrainSettings
+    return _open(settings.store, settings).snapshot(settings.snapshot)
+
+
+def _open(path: str, settings: TrainSettings) -> Store:
+    store = open_store(path)
     if settings.stream.cache_dir is not None:
         if not isinstance(store.path, Remote):
-            say(f"stream.cache_dir has no effect: {settings.store} is a folder, not at a server")
+            say(f"stream.cache_dir has no effect: {path} is a folder, not at a server")
         else:
             size = int(settings.stream.cache_gb * 1e9)
             store = through(store, LocalCache(settings.stream.cache_dir, size))
-    return store.snapshot(settings.snapshot)
+    return store
 
 
-def resolve(settings: TrainSettings, snapshot: Snapshot) -> TrainSettings:
+def resolve(settings: TrainSettings, snapshot: Readable) -> TrainSettings:
     """Settings with hooks by their stored names. HookMissingError lists the hooks there are."""
     config = make_config(settings.sae, settings.saes_path)
     sae = dict(settings.sae)
-    if config.hook_out is not None:
-        sae["hook_out"] = snapshot.resolve_hook(config.hook_out)
+    for name in config.HOOK_FIELDS:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            sae[name] = snapshot.resolve_hook(value)
+        elif value is not None:
+            sae[name] = [snapshot.resolve_hook(hook) for hook in value]
     return replace(settings, hook=snapshot.resolve_hook(settings.hook), sae=sae)
 
 
-def open_source(settings: TrainSettings, snapshot: Snapshot, device: torch.device) -> Source:
+def open_source(settings: TrainSettings, snapshot: Readable, device: torch.device) -> Source:
     """Streams over `snapshot` for resolved settings."""
-    hook_out = str(settings.sae.get("hook_out") or settings.hook)
-    hooks = tuple(dict.fromkeys((settings.hook, hook_out)))
+    hooks_in, hooks_out = make_config(settings.sae, settings.saes_path).hooks(settings.hook)
+    hooks = tuple(dict.fromkeys((*hooks_in, *hooks_out)))
 
     def make(split: Any) -> BatchStream:
-        stream = Stream(
+        stream = stream_over(
             snapshot,
             hooks,
             batch_tokens=settings.batch_tokens,
@@ -142,17 +167,18 @@ def open_source(settings: TrainSettings, snapshot: Snapshot, device: torch.devic
     return Source(
         train=train,
         held_out=held_out,
-        hook_in=settings.hook,
-        hook_out=hook_out,
+        hooks_in=hooks_in,
+        hooks_out=hooks_out,
         start=train.state_dict(),
         snapshot=snapshot,
     )
 
 
-def stream_options(settings: TrainSettings, snapshot: Snapshot) -> dict[str, Any]:
+def stream_options(settings: TrainSettings, snapshot: Readable) -> dict[str, Any]:
     """`stream: …` as keyword arguments of a Stream over `snapshot`."""
     options = dict(vars(settings.stream))
-    if options["threads"] is None and isinstance(snapshot.store.path, Remote):
+    remote = any(isinstance(s.store.path, Remote) for s in parts(snapshot))
+    if options["threads"] is None and remote:
         options["threads"] = IN_FLIGHT  # they wait for a server, not for a processor
     return {k: v for k, v in options.items() if k not in ("cache_dir", "cache_gb")}
 
@@ -174,25 +200,26 @@ def sources(
     snapshot = stream.snapshot if isinstance(stream, Stream) else None
     if snapshot is not None:
         settings = resolve(settings, snapshot)
+    hooks_in, hooks_out = make_config(settings.sae, settings.saes_path).hooks(settings.hook)
     source = Source(
         train=stream,
         held_out=held_out,
-        hook_in=settings.hook,
-        hook_out=str(settings.sae.get("hook_out") or settings.hook),
+        hooks_in=hooks_in,
+        hooks_out=hooks_out,
         start=stream.state_dict(),
         snapshot=snapshot,
     )
     return settings, source
 
 
-def _recorded_snapshot(settings: TrainSettings, newest: Snapshot) -> Snapshot:
+def _recorded_snapshot(settings: TrainSettings, newest: Readable) -> Readable:
     """The snapshot that an earlier start of this run used, if any; else `newest`."""
     known = read_json(settings.run_dir / RUN)
     if settings.fresh or settings.snapshot is not None or not known.get("snapshot"):
         return newest
     if known.get("store_id") != newest.store_id:
         return newest  # `earlier` refuses, with both ids
-    return newest.store.snapshot(known["snapshot"])
+    return at(newest, known["snapshot"])
 
 
 def earlier(run_dir: Path, record: Mapping[str, Any], *, fresh: bool) -> dict[str, Any]:
@@ -245,13 +272,18 @@ def describe(settings: TrainSettings, source: Source) -> dict[str, Any]:
         "sae_name": settings.sae_name,
         "sae_series": settings.sae_series,
         "architecture": settings.sae["name"],
-        "hooks": {"in": source.hook_in, "out": source.hook_out},
+        "hooks": {"in": _one(source.hooks_in), "out": _one(source.hooks_out)},
         **source.ids(),
         "seed": settings.seed,
         "result_key": settings.result_key(),
         "versions": {"python": platform.python_version()} | _versions(),
         "git_commit": git_commit(),
     }
+
+
+def _one(hooks: tuple[str, ...]) -> str | list[str]:
+    """The hook's name, or the list of several."""
+    return hooks[0] if len(hooks) == 1 else list(hooks)
 
 
 def read_json(path: Path) -> dict[str, Any]:

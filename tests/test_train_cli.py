@@ -88,6 +88,39 @@ def test_every_architecture_composes(path: Path) -> None:
     assert (cfg.n_latents, given.n_latents) == (4096, 99)
 
 
+@pytest.mark.parametrize(
+    ("words", "activation", "penalty"),
+    [
+        (("sae=batchtopk", "sae.k=48"), {"name": "batchtopk", "k": 48.0}, None),
+        (("sae=matryoshka", "sae.activation=topk"), {"name": "topk", "k": 32}, None),
+        (
+            ("sae=jumprelu", "sae.penalty={name:l0,coefficient:1e-3,target:40}"),
+            {"name": "jumprelu"},
+            {"name": "l0", "coefficient": 1e-3, "target": 40.0},
+        ),
+        (
+            ("sae=topk", "sae.penalty={name:tanh,coefficient:0.1}"),
+            {"name": "topk"},
+            {"name": "tanh", "coefficient": 0.1},
+        ),
+        (
+            ("sae=vanilla", "+sae.activation={name:jumprelu,bandwidth:0.1}"),
+            {"name": "jumprelu", "bandwidth": 0.1},
+            {"name": "l1", "coefficient": 0.02},
+        ),
+        (("sae=relu", "sae.l1_coefficient=1"), {"name": "relu"}, {"coefficient": 1.0}),
+    ],
+    ids=lambda v: v[0] if isinstance(v, tuple) else "",
+)
+def test_parts_are_chosen_on_the_command_line(words, activation, penalty) -> None:  # F60 F61
+    cfg = make_config(composed("store=x", "epochs=1", *words).sae)
+    assert activation.items() <= vars(cfg.activation).items()
+    if penalty is None:
+        assert cfg.penalty is None
+    else:
+        assert penalty.items() <= vars(cfg.penalty).items()
+
+
 @pytest.mark.parametrize("path", YAML["experiment"], ids=lambda p: p.stem)
 def test_every_experiment_composes(path: Path) -> None:
     got = composed(f"+experiment={path.stem}", "store=x")
