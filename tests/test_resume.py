@@ -36,12 +36,13 @@ def test_the_same_seed_gives_the_same_log(store: Path, tmp_path: Path) -> None: 
     assert rows(other) != rows(a)
 
 
-@pytest.mark.parametrize("name", ["topk", "relu"])
+@pytest.mark.parametrize("name", ["topk", "relu", "batchtopk", "p_anneal", "matryoshka"])
 def test_interrupted_anywhere_and_continued_is_the_same_run(
     store: Path, tmp_path: Path, name: str
 ) -> None:
     sae = {"name": name, "n_latents": 48, "dead_after_tokens": 300}
-    sae |= {"k": 4} if name == "topk" else {}
+    sae |= {"k": 4} if name in ("topk", "batchtopk", "matryoshka") else {}
+    sae |= {"random_prefixes": 3, "resample_every": 4} if name == "matryoshka" else {}
     whole = train(settings(store, tmp_path / "whole", sae=sae)).run_dir
     cfg = settings(store, tmp_path / "cut", sae=sae)
     for step in (1, 10, 23, 30):  # on no log or checkpoint boundary; the last one after all steps
