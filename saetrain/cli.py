@@ -31,11 +31,11 @@ from saetrain.presets import config_dir
 from saetrain.settings import TrainSettings
 from saetrain.trainer import TrainResult, train
 
-EVALUATE_HELP = """saetrain evaluate RUN_DIR [store=PATH]
+EVALUATE_HELP = """saetrain evaluate RUN_DIR [store=PATH | stores.LABEL=PATH …]
 
 Evaluates a finished run again on held-out documents and rewrites its eval.json.
   RUN_DIR     a run folder, such as runs/topk_demo-1a2b3c4d
-  store=PATH  where the run's store is now, if it has moved"""
+  store=PATH  where the run's store is now, if it has moved; of several stores.LABEL=PATH"""
 
 
 @dataclass
@@ -154,11 +154,14 @@ def _evaluate(args: Sequence[str]) -> None:
         sys.exit(0 if args else 1)
     folders = [a for a in args if "=" not in a]
     options = dict(a.split("=", 1) for a in args if "=" in a and a not in folders)
-    unknown = set(options) - {"store"}
+    stores = {k.removeprefix("stores."): v for k, v in options.items() if k.startswith("stores.")}
+    unknown = {k for k in options if k != "store" and not k.startswith("stores.")}
     if len(folders) != 1 or unknown:
-        raise ConfigError(f"evaluate: expected RUN_DIR [store=PATH], got {' '.join(args)}")
+        raise ConfigError(
+            f"evaluate: expected RUN_DIR [store=PATH | stores.LABEL=PATH …], got {' '.join(args)}"
+        )
     run_dir = Path(folders[0])
-    print(final_table(run_dir, evaluate_run(run_dir, options.get("store"))))
+    print(final_table(run_dir, evaluate_run(run_dir, options.get("store"), stores)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from saetrain.presets import label
 # The store's path may change too: what must not change is its store_id (checked on resume).
 NOT_RESULT = (
     "store",
+    "stores",  # their labels do: see result_key
     "runs_dir",
     "wandb",
     "log_every",
@@ -120,6 +121,33 @@ class StreamSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveSettings:
+    """For source=live: what `actcache run` takes, without a store. Names are those of files in
+    conf/; a mapping may build on one with `preset: NAME`."""
+
+    host: str | dict[str, Any] | None = None
+    data: str | dict[str, Any] | None = None
+    tokens: int | None = None  # of the data, special and held-out ones included; None: all there is
+    context: int = 128
+    pack: dict[str, Any] = field(default_factory=dict)
+    layout: str | dict[str, Any] = field(default_factory=dict)  # dtype rounds, segment_rows cuts
+    calibration_tokens: int = 1_000_000  # first rows, for mean and variance
+    keep_gb: float = 2.0  # of memory, for calibration rows: they need not be captured again
+    capture: str = "actcache.live:open_live"  # MODULE:FUNCTION that makes the capture
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context", "calibration_tokens"):
+            _positive(f"live.{name}", getattr(self, name))
+        if self.keep_gb < 0:
+            raise ConfigError(f"live.keep_gb: expected 0 or more, got {self.keep_gb}")
+
+    def asked(self) -> dict[str, Any]:
+        """What the capture is made of."""
+        ours = ("calibration_tokens", "keep_gb", "capture")
+        return {k: v for k, v in vars(self).items() if k not in ours}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """When to write checkpoints and how many to keep. One is always written at the last step."""
 
@@ -146,8 +174,11 @@ class TrainSettings:
     """Everything that one training run depends on."""
 
     sae: dict[str, Any]  # name=..., and the fields of that architecture's config
+    source: Literal["store", "live"] = "store"  # live: captured while training, see `live`
     store: str | None = None  # path of the store; None only where a stream is passed to `train`
-    snapshot: str | None = None  # None: the newest
+    stores: dict[str, str] | None = None  # several instead: label -> path; hooks are LABEL:HOOK
+    mix: dict[str, float] | None = None  # label -> weight: mix the rows of `stores`, do not join
+    snapshot: str | dict[str, str] | None = None  # None: the newest; of several, label -> name
     hook: str = "resid.2"
     optim: OptimSettings = field(default_factory=OptimSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -159,6 +190,7 @@ class TrainSettings:
     device: str = "auto"
     held_out_fraction: float = 0.05  # of the documents
     stream: StreamSettings = field(default_factory=StreamSettings)
+    live: LiveSettings = field(default_factory=LiveSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     wandb: WandbSettings = field(default_factory=WandbSettings)
@@ -179,8 +211,14 @@ class TrainSettings:
                 f"give exactly one of tokens and epochs, got tokens={self.tokens}, "
                 f"epochs={self.epochs}. Set the other to null"
             )
+        if self.source == "live" and self.epochs is not None:
+            raise ConfigError(
+                f"epochs={self.epochs}: how long an epoch is, a live source knows only when the "
+                "data has ended. Give tokens=… and epochs=null; more than the data has begins again"
+            )
         for name in ("batch_tokens", "tokens", "epochs", "log_every"):
             _positive(name, getattr(self, name))
+        check_stores(self)
         if not 0 < self.held_out_fraction < 1:
             raise ConfigError(
                 "held_out_fraction: expected between 0 and 1, both excluded, because every run is "
@@ -210,7 +248,14 @@ class TrainSettings:
     def result_key(self) -> str:
         """sha256 (hex) of the settings that decide the result. Paths and logging are left out."""
         kept = {k: v for k, v in self.to_dict().items() if k not in NOT_RESULT}
+        if self.source == "store":  # cached or captured: the same settings serve both
+            kept = {k: v for k, v in kept.items() if k not in ("source", "live")}
+        else:
+            kept["snapshot"] = None
+            kept["live"] = {k: v for k, v in kept["live"].items() if k != "keep_gb"}
         kept["stream"] = {k: v for k, v in kept["stream"].items() if k not in NOT_RESULT_STREAM}
+        if self.stores is not None:
+            kept["stores"] = list(self.stores)  # the first one gives the order of rows
         canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -225,6 +270,31 @@ class TrainSettings:
         """`{runs_dir}/[{sae_series}/]{run_name}`."""
         root = Path(self.runs_dir).expanduser()
         return root.joinpath(*([self.sae_series] if self.sae_series else []), self.run_name)
+
+
+def check_stores(settings: TrainSettings) -> None:
+    """ConfigError unless store, stores, mix and snapshot fit each other."""
+    stores, mix, snapshot = settings.stores, settings.mix, settings.snapshot
+    if stores is not None and settings.store is not None:
+        raise ConfigError("give store=PATH or stores={LABEL: PATH, …}, not both")
+    if stores is not None and len(stores) < 2:
+        raise ConfigError(f"stores: expected two or more, LABEL: PATH each, got {stores}")
+    labels = list(stores or ())
+    if mix is not None and sorted(mix) != sorted(labels):
+        raise ConfigError(
+            f"mix: expected a weight for each label of stores ({', '.join(labels) or 'none'}), "
+            f"got {', '.join(mix) or 'none'}"
+        )
+    for name, weight in (mix or {}).items():
+        _positive(f"mix.{name}", weight)
+    named = snapshot if isinstance(snapshot, dict) else {}
+    if isinstance(snapshot, dict) != (stores is not None) and snapshot is not None:
+        raise ConfigError(
+            f"snapshot: expected {'LABEL: NAME for stores' if stores else 'one name'}, "
+            f"got {snapshot!r}"
+        )
+    if unknown := set(named) - set(labels):
+        raise ConfigError(f"snapshot: {sorted(unknown)} are no labels of stores")
 
 
 def _positive(name: str, value: float | None) -> None:

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from actcache.store import FLAG_SPECIAL, Segment, Snapshot, TokenTable
+from actcache.store import FLAG_SPECIAL, TokenTable
 from actcache.store.split import held_out
 from saetrain.codes import Codes, SparseCodes
 from saetrain.dashboard.state import FeatureState, Peaks
 from saetrain.errors import ConfigError
+from saetrain.several import Readable
 from saetrain.stream import Split
+from saetrain.stream.aligned import AnySegment
 
 _BATCH_ROWS = 1024
 
@@ -87,7 +89,7 @@ class FeatureTable:
 @torch.no_grad()
 def collect(
     sae: Encoder,
-    snapshot: Snapshot,
+    snapshot: Readable,
     hook: str,
     *,
     split: Split = "held_out",
@@ -179,11 +181,12 @@ class _Picked:
 
 
 def _chosen(
-    snapshot: Snapshot, picked: _Picked, max_rows: int | None
-) -> Iterator[tuple[int, Segment, TokenTable, NDArray[np.int64]]]:
+    snapshot: Readable, picked: _Picked, max_rows: int | None
+) -> Iterator[tuple[int, AnySegment, TokenTable, NDArray[np.int64]]]:
     """(number, segment, its tokens, rows that count), whole contexts until max_rows is reached."""
     left = max_rows
-    for number, segment in enumerate(snapshot.segments):
+    segments: Sequence[AnySegment] = snapshot.segments
+    for number, segment in enumerate(segments):
         tokens = segment.tokens()
         keep = picked(tokens)
         if left is not None:
@@ -199,7 +202,7 @@ def _chosen(
 
 
 def _read(
-    segment: Segment, hook: str, rows: NDArray[np.int64]
+    segment: AnySegment, hook: str, rows: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """(row numbers, activations (B, D) float32) of the given ascending rows, in batches."""
     reader = segment.acts(hook)
@@ -237,7 +240,7 @@ def _choice(
 
 def _examples(
     encode: Callable[[Tensor], Codes],
-    snapshot: Snapshot,
+    snapshot: Readable,
     hook: str,
     best: Peaks,
     chosen: list[int],
@@ -286,7 +289,7 @@ def _on(sae: Encoder, device: str | torch.device) -> Callable[[Tensor], Codes]:
     return lambda x_BD: sae.encode(x_BD.to(device))
 
 
-def _bar(snapshot: Snapshot, picked: _Picked, max_rows: int | None, shown: bool) -> Any:
+def _bar(snapshot: Readable, picked: _Picked, max_rows: int | None, shown: bool) -> Any:
     """A bar over the rows that will be read; counting them costs one more look at the tokens."""
     total = sum(len(c[-1]) for c in _chosen(snapshot, picked, max_rows)) if shown else None
     return tqdm(

@@ -17,16 +17,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from actcache.store import Snapshot, open_store
 from saetrain.artefact import load_sae
 from saetrain.dashboard.features import Example, FeatureTable, collect, token_texts
 from saetrain.errors import TrainingError
 from saetrain.log import read_metrics
-from saetrain.runs import read_json, resolve_device
+from saetrain.runs import open_snapshot, read_json, resolve_device
+from saetrain.settings import TrainSettings
+from saetrain.several import Readable
 
 _WINDOW = 96  # tokens on either side of a peak, in the page
 _POINTS = 800  # of a curve, in the page
-_PATHS = ("store", "runs_dir", "saes_path")  # of this machine: the page is made to be sent around
+_PATHS = (
+    "store",
+    "stores",
+    "runs_dir",
+    "saes_path",
+)  # of this machine: the page is made to be sent around
 
 # Title of a chart, and its series: key in metrics.jsonl -> legend. `loss/*` is added.
 _CHARTS: tuple[tuple[str, dict[str, str]], ...] = (
@@ -38,7 +44,7 @@ _CHARTS: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def write_report(
-    run_dir: str | Path, *, snapshot: Snapshot | None = None, progress: bool = False
+    run_dir: str | Path, *, snapshot: Readable | None = None, progress: bool = False
 ) -> Path:
     """Write report.html and features.json into the folder of a finished run; the page's path.
 
@@ -49,7 +55,8 @@ def write_report(
     run_dir = Path(run_dir)
     config, run, scores = (_need(run_dir / f"{n}.json") for n in ("config", "run", "eval"))
     if snapshot is None and run.get("store_id"):
-        snapshot = open_store(config["store"]).snapshot(run.get("snapshot"))
+        settings = TrainSettings.from_mapping(config | {"snapshot": run.get("snapshot")})
+        snapshot = open_snapshot(settings)
     if snapshot is not None and run.get("store_id") not in (None, snapshot.store_id):
         raise TrainingError(
             f"{run_dir} was trained on store {run['store_id']}, this one is {snapshot.store_id}"
@@ -172,7 +179,7 @@ def _features(
     run_dir: Path,
     config: Mapping[str, Any],
     run: Mapping[str, Any],
-    snapshot: Snapshot,
+    snapshot: Readable,
     progress: bool,
 ) -> dict[str, Any]:
     """Features over the rows that the evaluation counted, to the end of the last context."""
@@ -242,8 +249,8 @@ def _facts(
     found = {
         "SAE": f"{sae.get('name', '?')}{shape}" + (f", k = {sae['k']}" if sae.get("k") else ""),
         "Hook": hook,
-        "Store": str(run.get("store_id") or "")[:19],  # sha256: and 12 digits
-        "Snapshot": run.get("snapshot"),
+        "Store": _each(run.get("store_id") or "", 19),  # sha256: and 12 digits
+        "Snapshot": _each(run.get("snapshot")),
         "Training tokens": _int(scores.get("train_tokens")),
         "Steps": _int(scores.get("steps") or run.get("n_steps")),
         "Training time": f"{_num(round(scores['seconds'], 1))} s"
@@ -326,6 +333,13 @@ def _metrics(scores: Mapping[str, Any]) -> list[list[str]]:
     formulas = scores.get("formulas", {})
     flat = [kv for k, v in scores.items() if k not in ("formulas", "density") for kv in _flat(v, k)]
     return [[k, v, _signs(formulas.get(k, ""))] for k, v in flat]
+
+
+def _each(value: Any, length: int | None = None) -> Any:
+    """The first letters of a text, or of one per store."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{label} {str(v)[:length]}" for label, v in value.items())
+    return str(value)[:length] if isinstance(value, str) else value
 
 
 def _flat(value: Any, name: str) -> list[list[str]]:

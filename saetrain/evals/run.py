@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actcache.store import Snapshot
 from saetrain.artefact import Inference, load_sae
 from saetrain.errors import TrainingError
 from saetrain.evals import pca, reconstruction
@@ -27,6 +26,7 @@ from saetrain.runs import (
     write_json,
 )
 from saetrain.settings import EvalSettings, TrainSettings
+from saetrain.several import MixedSnapshot, Readable
 from saetrain.stream import Batch
 
 EVAL, SAE_FOLDER = "eval.json", "sae"
@@ -75,10 +75,13 @@ def _held_out(source: Source, settings: EvalSettings, what: str, progress: bool)
     return watched(source.held_out.one_pass(), what, total, progress)
 
 
-def evaluate_run(run_dir: str | Path, store: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run_dir: str | Path, store: str | None = None, stores: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Evaluate a finished run again on its own store and snapshot; rewrite eval.json and report.
 
-    `store` says where the store is now, if it has moved. TrainingError if it is another store.
+    `store`, or `stores` by label, says where they are now, if they have moved. TrainingError if it
+    is another store.
     """
     run_dir = Path(run_dir)
     record, config = read_json(run_dir / RUN), read_json(run_dir / CONFIG)
@@ -86,13 +89,17 @@ def evaluate_run(run_dir: str | Path, store: str | None = None) -> dict[str, Any
         raise TrainingError(f"{run_dir} is not a run folder: {RUN} and {CONFIG} expected")
     settings = TrainSettings.from_mapping(config)
     settings = dataclasses.replace(
-        settings, store=store or settings.store, snapshot=record.get("snapshot")
+        settings,
+        store=store or settings.store,
+        stores=settings.stores and settings.stores | dict(stores or {}),
+        snapshot=record.get("snapshot"),
     )
     snapshot = open_snapshot(dataclasses.replace(settings, snapshot=None))
     if snapshot.store_id != record.get("store_id"):
         raise TrainingError(
-            f"{run_dir} was trained on store {record.get('store_id')}, and {settings.store} is "
-            f"store {snapshot.store_id}. Give its own with store=PATH"
+            f"{run_dir} was trained on store {record.get('store_id')}, and "
+            f"{settings.store or settings.stores} is store {snapshot.store_id}. Give its own with "
+            "store=PATH or stores.LABEL=PATH"
         )
     device = resolve_device(settings.device)
     source = open_source(settings, open_snapshot(settings), device)
@@ -106,10 +113,12 @@ def evaluate_run(run_dir: str | Path, store: str | None = None) -> dict[str, Any
     return result | kept
 
 
-def report(run_dir: Path, snapshot: Snapshot | None, *, progress: bool) -> None:
+def report(run_dir: Path, snapshot: Readable | None, *, progress: bool) -> None:
     """Write report.html and say where it is."""
     from saetrain.dashboard.report import write_report  # it reads runs, so not at the top
 
+    if isinstance(snapshot, MixedSnapshot):
+        say(f"report: features are shown on store {snapshot.heaviest}, of the largest weight")
     say(f"report: {write_report(run_dir, snapshot=snapshot, progress=progress)}")
 
 
