@@ -46,6 +46,8 @@ actcache: cache the activations of a language model, once, for every SAE
       the rows in a smaller type, in a store of their own, with the error measured; needs no model
   actcache gc STORE [--older-than SECONDS] [--dry-run] [--json]
       remove what dead writers left, nothing else
+
+STORE, SOURCE and TARGET are folders, s3://bucket/prefix, or, to read, http(s)://…
 """
 INTERRUPTED = 130
 TO_COMPUTE = 3

@@ -6,6 +6,7 @@ The proxy passes requests on to a server and spoils some of the answers, as ofte
     403       S3's AccessDenied                      reset     the connection breaks
     truncate  half of the body, then the end         flip      one bit of the body is another
     lost      the server does it, the answer is lost
+    ignore    the server is not told of If-None-Match, as one that does not know it
 """
 
 import contextlib
@@ -82,6 +83,8 @@ class Spoiler(BaseHTTPRequestHandler):
             said = DENIED if kind == "403" else b"busy"
             return self.answer(int(kind), [], said, said)
         server = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=30)
+        if kind == "ignore":
+            del self.headers["If-None-Match"]
         server.request(self.command, self.path, body, dict(self.headers))
         answer = server.getresponse()
         data = answer.read()

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 from cache import digests
 
-import actcache.fill
+import actcache.capture
 import actcache.store.calibrations
 import actcache.store.canaries
 import actcache.store.claims
@@ -127,7 +127,7 @@ def kill_until(asked, tmp_path, kills, seed):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(actcache.fill, "POLL", 0.02)
+    monkeypatch.setattr(actcache.capture, "POLL", 0.02)
 
 
 def report(seen, garbage, seconds):

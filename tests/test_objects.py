@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from buckets import same, whole
 from cache import digests
 
@@ -25,9 +26,9 @@ from actcache.store import objects as requests
 from actcache.store.canaries import canaries
 from actcache.store.copy import copy_snapshot
 from actcache.store.errors import RemoteError
+from saetrain.stream import Stream
 
 TOKENS = 128
-
 
 pytestmark = pytest.mark.usefixtures("s3")
 
@@ -192,3 +193,16 @@ def test_a_store_json_that_changed_on_its_way(there, s3):
     s3.spoil("flip", r"GET .*/store\.json")
     with pytest.raises(StoreError, match=r"store\.json"):
         open_store(str(there.path)).snapshot()
+
+
+def test_training_batches_from_a_bucket_are_those_from_the_folder(there, small_store, s3):
+    def batches(store):
+        stream = Stream(store.snapshot(), ["resid.2", "mlp.0"], batch_tokens=16, seed=1)
+        return [next(it) for it in [iter(stream)] for _ in range(3)]
+
+    s3.spoil("flip", "GET .*/acts/", each=1)
+    for mine, theirs in zip(batches(there), batches(small_store), strict=True):
+        assert np.array_equal(mine.tokens.token_id, theirs.tokens.token_id)
+        for hook in mine.acts:
+            assert torch.equal(mine.acts[hook], theirs.acts[hook])
+    assert s3.quiet()["flip"] > 2

@@ -140,6 +140,16 @@ def test_no_permission(there, asked, s3, tmp_path):
         run(asked(store=f"s3://lab/{tmp_path.name}/denied"))
 
 
+def test_a_server_that_ignores_conditions_is_not_written_to(asked, small_store, s3, tmp_path):
+    s3.spoil("ignore", "PUT ")
+    url = f"s3://lab/{tmp_path.name}/ignored"
+    with pytest.raises(StoreError, match=r"s3://lab at http://127.* ignores If-None-Match"):
+        run(asked(store=url, tokens=TOKENS))
+    with pytest.raises(StoreError, match="ignores If-None-Match"):
+        copy_snapshot(small_store.snapshot(), url)
+    assert place(url).names() == []
+
+
 def test_an_endpoint_where_nobody_listens(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(

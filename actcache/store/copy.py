@@ -29,7 +29,7 @@ from actcache.store.places import (
     address,
     insist,
     place,
-    refuse_read_only,
+    refuse_unwritable,
     relative,
 )
 from actcache.store.publish import publish, publishing
@@ -77,7 +77,7 @@ def copy_snapshot(
     target that holds something else, OutOfSpaceError.
     """
     target = place(target)
-    refuse_read_only(target)
+    refuse_unwritable(target)
     chosen = list(_chosen(source, hooks))
     record = _view(source.record, chosen) if hooks is not None else source.record
     _refuse_place(source, target)

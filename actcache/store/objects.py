@@ -37,7 +37,6 @@ class Objects:
     """Reads objects below one address; `key` is the path there. Thread-safe."""
 
     listable = False
-    writable = False
 
     def __init__(self, base: str) -> None:
         self.base = base
@@ -105,10 +104,13 @@ class Objects:
 
     def create(self, key: str, data: Buffer) -> None:
         """Put an object under a name that is free. StoreError where nothing can be written."""
-        raise self.read_only(key)
+        raise self._read_only(key)
 
-    def read_only(self, key: str) -> StoreError:
-        """What to raise where nothing can be written."""
+    def refuse_unwritable(self, key: str) -> None:
+        """StoreError if nothing can be written below `key`, or only over what others wrote."""
+        raise self._read_only(key)
+
+    def _read_only(self, key: str) -> StoreError:
         return StoreError(
             f"{self.name(key)} cannot be written: http(s):// is for reading. Name a folder or "
             "s3://bucket/prefix to write to"
@@ -116,15 +118,15 @@ class Objects:
 
     def replace(self, key: str, data: Buffer) -> None:
         """Put an object over one that may be there. Raises as `create`."""
-        raise self.read_only(key)
+        raise self._read_only(key)
 
     def swap(self, key: str, old: bytes, new: bytes) -> bool:
         """Replace an object that holds `old`; False if another was faster. Raises as `create`."""
-        raise self.read_only(key)
+        raise self._read_only(key)
 
     def remove(self, key: str) -> None:
         """Remove an object, and all that lies below `key` as a folder. Raises as `create`."""
-        raise self.read_only(key)
+        raise self._read_only(key)
 
     def described(self, key: str) -> list[tuple[int, float]]:
         """Size and time of change of an object and of all below it. Raises as `names`."""

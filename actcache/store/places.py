@@ -116,10 +116,10 @@ def listable(location: Location) -> bool:
     return isinstance(location, Path) or location.client.listable
 
 
-def refuse_read_only(location: Location) -> None:
-    """StoreError where nothing can be written."""
-    if isinstance(location, Remote) and not location.client.writable:
-        raise location.client.read_only(location.key)
+def refuse_unwritable(location: Location) -> None:
+    """StoreError where nothing can be written, or not without replacing what others wrote."""
+    if isinstance(location, Remote):
+        location.client.refuse_unwritable(location.key)
 
 
 def address(location: Location) -> str:

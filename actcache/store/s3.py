@@ -16,6 +16,7 @@ import configparser
 import contextlib
 import os
 import re
+import uuid
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ class S3(Objects):
     """One bucket."""
 
     listable = True
-    writable = True
 
     def __init__(self, base: str) -> None:
         super().__init__(base)
@@ -91,6 +91,21 @@ class S3(Objects):
                     raise FileExistsError(self.name(key)) from None
 
         self._write(key, act, len(data))
+
+    def refuse_unwritable(self, key: str) -> None:
+        probe = f"{key}/claims/.probe.{uuid.uuid4().hex[:8]}.partial".lstrip("/")
+        self.create(probe, b"1")
+        try:
+            self.create(probe, b"2")
+        except FileExistsError:
+            return
+        finally:
+            self.remove(probe)
+        raise StoreError(
+            f"{self.base} at {_endpoint(self._profile) or 'AWS'} ignores If-None-Match: it would "
+            "let one writer replace what another has committed. Use a server that honours it, or "
+            "write to a folder and copy that to one"
+        )
 
     def replace(self, key: str, data: Buffer) -> None:
         """Put an object over one that may be there. RemoteError."""

@@ -18,12 +18,18 @@ from numpy.typing import NDArray
 
 from actcache.store import layout
 from actcache.store.calibrations import find_calibration
-from actcache.store.encode import encode_acts, encode_group, encode_int8, encode_tokens
+from actcache.store.encode import (
+    encode_acts,
+    encode_group,
+    encode_int8,
+    encode_norms,
+    encode_tokens,
+)
 from actcache.store.errors import DamagedError, IdentityError, StoreError
 from actcache.store.files import remove
 from actcache.store.ids import bytes_digest, diff, file_digest
 from actcache.store.int8 import Calibration, Int8Rows, store_rows
-from actcache.store.places import Location, Remote, each, place, refuse_read_only
+from actcache.store.places import Location, Remote, each, place, refuse_unwritable
 from actcache.store.publish import PARTIAL, publish
 from actcache.store.reader import commit_files, read_record, snapshot_numbers
 from actcache.store.schema import (
@@ -55,7 +61,7 @@ class StoreWriter:
         else or cannot be written.
         """
         self.path = place(path)
-        refuse_read_only(self.path)
+        refuse_unwritable(self.path)
         self._create(identity, files)
         for name in layout.FOLDERS:
             inside(self.path, self.path / name)
@@ -264,6 +270,8 @@ def publish_group(
     parts = ["acts"]
     if any(isinstance(rows, Int8Rows) for _, rows in acts):
         parts += ["scales", "calibration"]
+    if any(info.norms for info, _ in acts):
+        parts += ["norms"]
     streams = [
         encode_group(folder),
         encode_group(f"{folder}/tokens"),
@@ -275,6 +283,7 @@ def publish_group(
             else encode_acts(f"{folder}/acts", rows, info)
             for info, rows in acts
         ),
+        *(encode_norms(folder, rows, info) for info, rows in acts if info.norms),
     ]
     objects = []
     for key, data in (item for stream in streams for item in stream):
