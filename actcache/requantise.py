@@ -63,7 +63,7 @@ class Requantised:
 
 def requantise(
     source: Snapshot,
-    target: str | Path,
+    target: str | Location,
     dtype: str = "int8",
     hooks: Sequence[str] | None = None,
     advance: Callable[[int], object] = lambda _: None,
@@ -111,6 +111,7 @@ def _smaller(source: Snapshot, name: str, dtype: str) -> HookInfo:
         dtype=dtype,
         chunk_rows=chunk_rows(info.d, size, layout.chunk_bytes, layout.segment_rows),
         activation_id=activation_digest(source.store_id, info.module, info.io, info.index, dtype),
+        norms=True,
     )
 
 
