@@ -68,6 +68,7 @@ def make_store(
     doc_len: int = 20,
     host: dict | None = None,
     units: tuple[int, ...] | None = None,
+    norms: bool = True,
 ):
     """A store of random rows; `acts(hook, rng, tokens, d)` may supply other activations.
 
@@ -101,6 +102,7 @@ def make_store(
                 dtype=dtype,
                 chunk_rows=max(1, chunk_bytes // (d * DTYPES[dtype].itemsize)),
                 activation_id=digest([ident.store_id, name, dtype]),
+                norms=norms,
             )
             rows.append((info, x))
             if dtype == "int8":

@@ -23,13 +23,15 @@ from zarr.core.dtype import data_type_registry
 from zarr.storage import MemoryStore
 
 from actcache.store.bfloat16 import BFloat16
-from actcache.store.int8 import Int8Rows
+from actcache.store.int8 import F32, Int8Rows, dequantise
 from actcache.store.layout import TOKEN_COLUMNS, TokenTable
 from actcache.store.schema import HookInfo
+from actcache.store.stats import wide
 
 # zarr-python before 3.2 collects the entry point and never loads it.
 data_type_registry.register("bfloat16", BFloat16)
 # For whoever opens the array without this package; NAME is that of the array.
+_NORM_VALUES = 1 << 17  # values worked on at a time: they stay in the cache
 _DECODE = (
     "x = calibration/NAME[0] + calibration/NAME[1] * scales/NAME[:, None] * acts/NAME, in the group"
 )
@@ -78,6 +80,33 @@ def encode_int8(folder: str, rows: Int8Rows, info: HookInfo) -> Iterator[tuple[s
     names = ("mean, std", "channel")
     objects = _create(array, values.shape, values.dtype, values.shape, None, names)
     yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+
+
+def encode_norms(
+    folder: str, rows: NDArray[Any] | Int8Rows, info: HookInfo
+) -> Iterator[tuple[str, bytes]]:
+    """Objects of the lengths of one hook's rows, as readers get them: (n,) float32."""
+    array, values = f"{folder}/norms/{info.key}", row_norms(rows)
+    data = values.tobytes()
+    yield f"{array}/c/0", data + _crc(data)
+    objects = _create(array, values.shape, values.dtype, values.shape, None, ("row",))
+    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+
+
+def row_norms(rows: NDArray[Any] | Int8Rows) -> F32:
+    """Euclidean length of each row, (n,) float32."""
+    width = (rows.codes if isinstance(rows, Int8Rows) else rows).shape[1]
+    n = len(rows.scale if isinstance(rows, Int8Rows) else rows)
+    found = np.empty(n, dtype=np.float32)
+    step = max(1, _NORM_VALUES // width)
+    for some in (slice(i, i + step) for i in range(0, n, step)):
+        if isinstance(rows, Int8Rows):
+            c = rows.calibration
+            x = dequantise(rows.codes[some], rows.scale[some], c.mean, c.std)
+        else:
+            x = wide(rows[some])
+        found[some] = np.sqrt(np.einsum("ij,ij->i", x, x))
+    return found
 
 
 def shard(rows: NDArray[Any], chunk_rows: int) -> bytes:

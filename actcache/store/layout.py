@@ -84,7 +84,8 @@ assert tuple(TOKEN_COLUMNS) == tuple(f.name for f in fields(TokenTable))
 
 def roles_of(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Index into ROLES of each row, same shape as `flags`."""
-    return (flags >> ROLE_SHIFT) & np.uint8(7)
+    roles: NDArray[np.uint8] = (flags >> np.uint8(ROLE_SHIFT)) & np.uint8(7)
+    return roles
 
 
 def eligible(

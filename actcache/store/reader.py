@@ -338,6 +338,21 @@ class Segment:
         what = f"segment {self.id}, tokens/{name}"
         return _read_column(self.root, path, layout.TOKEN_COLUMNS[name], self.n_rows, what)
 
+    def norms(self, hook: str) -> NDArray[np.float32]:
+        """Length of each row of a hook (n_rows,), checksum checked.
+
+        Raises StoreError if the hook was written without them (before they were part of a store).
+        """
+        commit, committed = self._find(hook)
+        what = f"segment {self.id}, hook {hook}"
+        if not committed.info.norms:
+            raise StoreError(
+                f"{what} was written without the lengths of its rows; stores made from now on "
+                "have them, and so have smaller copies by actcache requantise"
+            )
+        path = self.root / commit.folder / "norms" / committed.info.key / "c" / "0"
+        return _read_column(self.root, path, np.dtype("<f4"), self.n_rows, f"{what}, norms")
+
     def acts(self, hook: str) -> ShardReader:
         """Reader of one hook's rows, (n_rows, d)."""
         commit, committed = self._find(hook)

@@ -103,6 +103,7 @@ class HookInfo:
     chunk_rows: int
     activation_id: str
     index: int | str | None = None  # tuple item or keyword
+    norms: bool = False  # the length of each row is stored beside the rows
 
     def __post_init__(self) -> None:
         sane = self.dtype in DTYPES and 0 < self.d <= 1 << 24 and 0 < self.chunk_rows <= MAX_ROWS
@@ -140,6 +141,8 @@ class HookInfo:
         if self.dtype == "int8":
             sizes[f"scales/{self.key}/c/0"] = self.scales.shard_bytes(rows)
             sizes[f"calibration/{self.key}/c/0/0"] = 2 * self.d * 4 + 4
+        if self.norms:
+            sizes[f"norms/{self.key}/c/0"] = rows * 4 + 4
         return sizes
 
 
