@@ -96,6 +96,7 @@ def test_rows_of_a_batch_belong_to_the_same_token_in_every_store(pair, lead):  #
     assert sorted(seen[len(epoch) :]) == sorted(truth["base:resid.2"])
 
 
+# F115
 @settings(deadline=None, max_examples=12)
 @given(st.integers(0, 12), st.sampled_from([2, 3, 8]), st.integers(1, 400))
 def test_ranks_and_a_resume_share_the_global_batches_of_joined_stores(pair, stop, world, window):

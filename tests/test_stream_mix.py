@@ -142,6 +142,7 @@ def test_one_pass_has_every_row_of_every_store_once(snapshots):
     assert [first[i] for i in range(3)] == [24, 12, 4]
 
 
+# F115
 @settings(deadline=None, max_examples=15)
 @given(
     st.integers(0, 20),

@@ -84,7 +84,7 @@ def stream(snapshot, hooks=("resid.2", "mlp.1"), **kw):
 
 @pytest.mark.parametrize("split", ["train", "held_out", "all"])
 @pytest.mark.parametrize("skip_special", [True, False])
-def test_contexts_are_put_together_and_masked_by_brute_force(  # F59: rows for Lorsa
+def test_contexts_are_put_together_and_masked_by_brute_force(  # F59 rows for Lorsa, F67 2D
     snapshot, split, skip_special
 ):
     truth = contexts(snapshot)
@@ -129,6 +129,7 @@ def test_no_held_out_activation_leaves_a_train_stream(snapshot):
     assert partial > 10  # contexts with a held-out document were used, without it
 
 
+# F115
 @settings(deadline=None, max_examples=15)
 @given(
     st.integers(0, 20),
@@ -212,6 +213,8 @@ def test_threads_change_nothing(snapshot):
 def test_what_cannot_work_is_said(snapshot):
     with pytest.raises(ConfigError, match="give batch_sequences instead of batch_tokens"):
         stream(snapshot, batch_tokens=64)
+    with pytest.raises(ConfigError, match="max_norm is for streams of rows"):
+        stream(snapshot, max_norm=3.0)
     with pytest.raises(ConfigError, match="batch_sequences: expected at least 1, got 0"):
         stream(snapshot, batch_sequences=0)
     with pytest.raises(ConfigError, match=r"batch_sequences=999 is more than the \d+ contexts"):

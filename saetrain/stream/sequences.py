@@ -88,6 +88,8 @@ class SequenceStream(Stream):
         """
         if "batch_tokens" in kw:
             raise ConfigError("SequenceStream: give batch_sequences instead of batch_tokens")
+        if kw.get("max_norm") is not None:
+            raise ConfigError("SequenceStream: max_norm is for streams of rows; leave it out")
         if batch_sequences < 1:
             raise ConfigError(f"batch_sequences: expected at least 1, got {batch_sequences}")
         self.batch_sequences, self.length = batch_sequences, int(snapshot.context)
