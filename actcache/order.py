@@ -26,6 +26,7 @@ class Place:
 
     unit: int = 0  # position of its unit in the order
     index: int = 0  # number inside the unit
+    number: int = 0  # segments before
     rows: int = 0  # in all segments before
 
 
@@ -75,7 +76,7 @@ class InputOrder:
         Units before that of `start` are not read.
         """
         at = start or Place()
-        rows = at.rows
+        rows, number = at.rows, at.number
         for position, unit in enumerate(self.units()):
             if position < at.unit:
                 continue
@@ -85,9 +86,9 @@ class InputOrder:
                     continue
                 if self.enough(rows):
                     return
-                here = Place(unit=position, index=index, rows=rows)
+                here = Place(unit=position, index=index, number=number, rows=rows)
                 yield segment_id(unit.number, index), chunk, here
-                rows += sum(map(len, chunk))
+                rows, number = rows + sum(map(len, chunk)), number + 1
             ended = index < 0 and self.source.identity["kind"] != "parquet"
             if ended or self.enough(rows):  # a stream ends with a unit that has nothing
                 return

@@ -63,6 +63,11 @@ class SegmentBuilder:
             spare=self._spare,
         )
 
+    @property
+    def batch_contexts(self) -> int:
+        """Contexts of one forward pass."""
+        return self._batch
+
     def widths(self) -> dict[str, int]:
         """d of every hook, from a forward pass over two contexts of three tokens.
 

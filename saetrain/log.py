@@ -61,7 +61,9 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def watched(batches: Iterable[Batch], what: str, total: int, enabled: bool) -> Iterator[Batch]:
+def watched(
+    batches: Iterable[Batch], what: str, total: int | None, enabled: bool
+) -> Iterator[Batch]:
     """The batches, with a bar that counts their tokens."""
     with tqdm(
         total=total,

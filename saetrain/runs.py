@@ -36,16 +36,16 @@ from saetrain.stream import Batch, Stream
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
 _PACKAGES = ("actcache-saetrain", "torch", "numpy", "safetensors", "zarr", "hydra-core", "wandb")
-_FIXED = ("store_id", "token_stream_id", "snapshot", "hooks", "result_key")
+_FIXED = ("store_id", "token_stream_id", "snapshot", "live", "hooks", "result_key")
 
 
 class BatchStream(Protocol):
     """What the trainer needs of a stream; `saetrain.stream.Stream` is one."""
 
     @property
-    def n_rows(self) -> int: ...
+    def n_rows(self) -> int | None: ...  # of an epoch; None: a live source does not know it yet
     @property
-    def batches_per_epoch(self) -> int: ...
+    def batches_per_epoch(self) -> int | None: ...  # None likewise
     def space(self, hook: str) -> HookSpace: ...
     def __iter__(self) -> Iterator[Batch]: ...
     def one_pass(self) -> Iterator[Batch]: ...
@@ -63,6 +63,7 @@ class Source:
     hooks_out: tuple[str, ...]
     start: dict[str, Any]  # state of `train` before its first batch
     snapshot: Readable | None  # None: the batches do not come from a store
+    live: dict[str, Any] | None = None  # ids of what is captured, of a live source
 
     @property
     def hook_in(self) -> str:
@@ -84,7 +85,7 @@ class Source:
         """
         snap = self.snapshot
         if snap is None:
-            return {}
+            return {} if self.live is None else {"live": self.live}
         return {
             "store_id": snap.store_id,
             "token_stream_id": snap.token_stream_id,
@@ -194,6 +195,10 @@ def sources(
     if (stream is None) != (held_out is None):
         raise ConfigError("train: give both stream and held_out, or neither")
     if stream is None or held_out is None:
+        if settings.source == "live":
+            from saetrain.live import open_live  # it makes a Source, so not at the top
+
+            return open_live(settings, device)
         newest = open_snapshot(settings)
         settings = resolve(settings, newest)
         return settings, open_source(settings, _recorded_snapshot(settings, newest), device)

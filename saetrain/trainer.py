@@ -295,6 +295,11 @@ def _n_steps(settings: TrainSettings, stream: BatchStream) -> int:
             "batch_tokens or cache more tokens"
         )
     if settings.epochs is not None:
+        if stream.batches_per_epoch is None:
+            raise ConfigError(
+                f"epochs={settings.epochs}: this stream does not know how long an epoch is before "
+                "its data has ended. Give tokens=… and epochs=null"
+            )
         return settings.epochs * stream.batches_per_epoch
     assert settings.tokens is not None  # TrainSettings
     if settings.tokens < settings.batch_tokens:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from saetrain.artefact import Inference, load_sae
 from saetrain.errors import TrainingError
 from saetrain.evals import pca, reconstruction
+from saetrain.live import open_live
 from saetrain.log import say, table, watched
 from saetrain.runs import (
     CONFIG,
@@ -61,8 +64,10 @@ def evaluate_with_baseline(
         hook, limit = source.hook_in, settings.pca_tokens
         reference = source.train.space(hook).mean.to(sae.device)
         source.train.load_state_dict(source.start)
-        epoch = islice(source.train, source.train.batches_per_epoch)
-        rows = watched(epoch, "fit PCA", min(limit, source.train.n_rows), progress)
+        known, steps = source.train.n_rows, source.train.batches_per_epoch
+        first = takewhile(lambda batch: batch.epoch == 0, source.train)
+        epoch = first if steps is None else islice(source.train, steps)
+        rows = watched(epoch, "fit PCA", limit if known is None else min(limit, known), progress)
         fitted = pca.fit(rows, hook, round(result["l0"]), limit, reference)
         held_out = _held_out(source, settings, "evaluate PCA", progress)
         result["pca"] = pca.evaluate(fitted, held_out, hook, settings.tokens)
@@ -71,7 +76,7 @@ def evaluate_with_baseline(
 
 def _held_out(source: Source, settings: EvalSettings, what: str, progress: bool) -> Iterator[Batch]:
     n = source.held_out.n_rows
-    total = n if settings.tokens is None else min(n, settings.tokens)
+    total = min((x for x in (n, settings.tokens) if x is not None), default=None)
     return watched(source.held_out.one_pass(), what, total, progress)
 
 
@@ -88,6 +93,30 @@ def evaluate_run(
     if not record or not config:
         raise TrainingError(f"{run_dir} is not a run folder: {RUN} and {CONFIG} expected")
     settings = TrainSettings.from_mapping(config)
+    device = resolve_device(settings.device)
+    if settings.source == "live":
+        source = _live_again(run_dir, settings, record, device)
+    else:
+        source = _stores_again(run_dir, settings, record, device, store, stores)
+    sae = load_sae(run_dir / SAE_FOLDER, device=device)
+    result = evaluate_with_baseline(sae, source, settings.eval, progress=True)
+    old = read_json(run_dir / EVAL)
+    kept = {k: old[k] for k in ("train_tokens", "seconds", "steps") if k in old}
+    write_json(run_dir / EVAL, result | kept)
+    if settings.report:
+        report(run_dir, source.snapshot, progress=True)
+    return result | kept
+
+
+def _stores_again(
+    run_dir: Path,
+    settings: TrainSettings,
+    record: Mapping[str, Any],
+    device: torch.device,
+    store: str | None,
+    stores: Mapping[str, str] | None,
+) -> Source:
+    """The stores and snapshots of a run. TrainingError if they are others."""
     settings = dataclasses.replace(
         settings,
         store=store or settings.store,
@@ -101,16 +130,20 @@ def evaluate_run(
             f"{settings.store or settings.stores} is store {snapshot.store_id}. Give its own with "
             "store=PATH or stores.LABEL=PATH"
         )
-    device = resolve_device(settings.device)
-    source = open_source(settings, open_snapshot(settings), device)
-    sae = load_sae(run_dir / SAE_FOLDER, device=device)
-    result = evaluate_with_baseline(sae, source, settings.eval, progress=True)
-    old = read_json(run_dir / EVAL)
-    kept = {k: old[k] for k in ("train_tokens", "seconds", "steps") if k in old}
-    write_json(run_dir / EVAL, result | kept)
-    if settings.report:
-        report(run_dir, source.snapshot, progress=True)
-    return result | kept
+    return open_source(settings, open_snapshot(settings), device)
+
+
+def _live_again(
+    run_dir: Path, settings: TrainSettings, record: Mapping[str, Any], device: torch.device
+) -> Source:
+    """The live source of a run. TrainingError if host or data are others now."""
+    source = open_live(settings, device)[1]
+    if source.live != record.get("live"):
+        raise TrainingError(
+            f"{run_dir} was trained on {record.get('live')}, and its settings mean {source.live} "
+            "now: the host or the data have changed"
+        )
+    return source
 
 
 def report(run_dir: Path, snapshot: Readable | None, *, progress: bool) -> None:

@@ -63,6 +63,18 @@ def measure(stream: Stream, batches: int = 8) -> Mixing:
     )
 
 
+def of_rows(
+    contexts: NDArray[np.int64], documents: NDArray[np.uint64], batch_tokens: int, batches: int = 8
+) -> dict[str, float]:
+    """κ and documents of the first batches of rows in the order of training, for live sources."""
+    cuts = [slice(i * batch_tokens, (i + 1) * batch_tokens) for i in range(batches)]
+    found = [_pairs(contexts[c], documents[c]) for c in cuts if c.stop <= len(contexts)]
+    return {
+        "kappa": float(np.mean([pairs for pairs, _, _ in found])),
+        "documents_per_batch": float(np.mean([n for _, n, _ in found])),
+    }
+
+
 def advice(found: Mixing, stream: Stream) -> str | None:
     """What to set if κ is high; None if it is not."""
     if found.kappa <= HIGH or found.kappa <= 1.5 * found.ideal:

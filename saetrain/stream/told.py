@@ -13,8 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from saetrain.stream.ahead import Traffic
-from saetrain.stream.mixing import Mixing, advice, measure
+from saetrain.stream.live import LiveStream
+from saetrain.stream.mixing import HIGH, Mixing, advice, measure
 from saetrain.stream.stream import Stream
 
 Say = Callable[[str], None]
@@ -46,6 +49,8 @@ class Told:
     def mixing(self) -> dict[str, float]:
         """For the first row of metrics: the same numbers whenever a run is continued."""
         found = self._mixing
+        if isinstance(self._stream, LiveStream):
+            return self._live(self._stream)
         if found is None:
             return {}
         return {
@@ -54,6 +59,21 @@ class Told:
             "kappa_ideal": found.ideal,
             "documents_per_batch": found.documents,
         }
+
+    def _live(self, stream: LiveStream) -> dict[str, float]:
+        """Of a live source it is known once the first window was captured; there is no formula."""
+        found = stream.mixing
+        if found is None:
+            return {}
+        kappa, documents = found["kappa"], found["documents_per_batch"]
+        self._say(f"mixing: κ = {kappa:.3g} (measured), {documents:,.0f} documents in a batch")
+        if kappa > HIGH:
+            self._say(
+                f"warning: batches hold about {kappa:.1f} other tokens of each token's context. A "
+                f"live source mixes within windows only: stream.window_rows="
+                f"{int(stream.window_rows * 2 ** np.ceil(np.log2(kappa / HIGH)))} would mix better"
+            )
+        return found
 
     def reading(self, waited: float, seconds: float) -> dict[str, float]:
         """For a row of metrics about the last `seconds`, of which training waited `waited`."""
