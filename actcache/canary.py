@@ -122,7 +122,8 @@ def contexts_of(table: TokenTable) -> dict[int, Context]:
 def _whole(info: HookInfo, rows: int, chunk_bytes: int) -> HookInfo:
     """The hook as a canary stores it: float32."""
     size = DTYPES["float32"].itemsize
-    return replace(info, dtype="float32", chunk_rows=chunk_rows(info.d, size, chunk_bytes, rows))
+    cut = chunk_rows(info.d, size, chunk_bytes, rows)
+    return replace(info, dtype="float32", chunk_rows=cut, norms=False)
 
 
 # -- checking --------------------------------------------------------------------------------------

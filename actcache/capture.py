@@ -118,6 +118,7 @@ class LazyCapture:
                     widths[point.name], size, layout.chunk_bytes, layout.segment_rows
                 ),
                 activation_id=activation_id(self._identity.store_id, point, self._dtype),
+                norms=True,
             )
             for point in self._points
         ]

@@ -27,6 +27,11 @@ def open_live(settings: TrainSettings, device: torch.device) -> tuple[TrainSetti
     Reads the digests of data and weights; the host is loaded for the first batch. ConfigError for
     settings that cannot work; ActcacheError where the capture raises it.
     """
+    if settings.stream.max_norm is not None:
+        raise ConfigError(
+            f"stream.max_norm={settings.stream.max_norm}: a live source does not look at norms; "
+            "leave it out, or make a store"
+        )
     config = make_config(settings.sae, settings.saes_path)
     hooks_in, hooks_out = config.hooks(settings.hook)
     capture = open_capture(settings, tuple(dict.fromkeys((*hooks_in, *hooks_out))))

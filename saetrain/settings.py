@@ -109,6 +109,7 @@ class StreamSettings:
     skip_special: bool = True  # leave out special tokens of the tokenizer
     modality: Literal["all", "text", "image"] = "all"
     roles: tuple[str, ...] | None = None  # of chats: user, assistant, …; None: all
+    max_norm: float | None = None  # leave out rows longer than so many mean lengths; None: none
     threads: int | None = None  # that read; None: 4 at most, 16 for a store at a server
     cache_dir: str | None = None  # folder for copies of a store at a server; None: no copies
     cache_gb: float = 50.0  # 1e9 bytes that these copies may take

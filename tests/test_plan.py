@@ -289,7 +289,7 @@ def test_hours_and_bandwidth(config_only):
     assert t.write_gb_per_gpu == pytest.approx(t.tokens_per_gpu * 8192e-9, rel=0.01)
     assert t.write_gb_per_node == pytest.approx(8 * t.write_gb_per_gpu)
     assert t.disk_hours == pytest.approx(k.bytes / (2 * 5e9) / 3600)  # two nodes
-    assert t.writer_hours == pytest.approx(k.bytes / (16 * 0.1e9) / 3600)
+    assert t.writer_hours == pytest.approx(k.bytes / (16 * 0.2e9) / 3600)
     one = of(config_only, "llama-3.1-8b", layers=(31,), gpus=1).time
     assert one.write_gb_per_node == one.write_gb_per_gpu
 

@@ -8,7 +8,8 @@ import torch
 import zarr
 from stores import make_store
 
-import actcache.store  # noqa: F401  (registers bfloat16)
+from actcache.store import StoreError
+from saetrain.errors import ConfigError
 from saetrain.stream import Stream
 from saetrain.stream import loader as loading
 
@@ -95,3 +96,36 @@ def test_traffic_counts_what_was_read(tmp_path):
     shown = stream.traffic.to_json()
     assert 0 <= shown["wait_share"] <= 1
     assert shown["gb_per_s"] > 0
+
+
+def spiked(hook, rng, tokens, d):
+    """Rows of about one length, every 50th twenty times as long."""
+    x = rng.normal(1.0, 0.1, (len(tokens), d))
+    x[::50] *= 20
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_outliers_are_left_out_by_length_before_anything_is_read(tmp_path, dtype):
+    store = make_store(tmp_path / "s", hooks={"resid.2": 16, "mlp.0": 8}, acts=spiked, dtype=dtype)
+    snapshot = store.snapshot()
+    for hook in ("resid.2", "mlp.0"):
+        for segment in snapshot.segments:
+            rows = segment.acts(hook).read().astype(np.float64)
+            brute = np.linalg.norm(rows, axis=1)
+            assert np.allclose(segment.norms(hook), brute, rtol=1e-6)
+    stream = Stream(snapshot, ["resid.2"], batch_tokens=64, max_norm=5.0, **EVERYTHING)
+    limit = 5.0 * snapshot.stats("resid.2", special=True).mean_norm
+    lengths = np.concatenate([s.norms("resid.2") for s in snapshot.segments])
+    assert stream.n_rows == np.count_nonzero(lengths <= limit) < snapshot.n_rows
+    for batch in stream.one_pass():
+        assert (batch.acts["resid.2"].norm(dim=1) <= limit * 1.01).all()
+    assert stream.state_dict()["filter"]["max_norm"] == 5.0
+
+
+def test_outliers_of_a_store_without_lengths(tmp_path):
+    snapshot = make_store(tmp_path / "s", norms=False).snapshot()
+    with pytest.raises(StoreError, match="written without the lengths of its rows"):
+        Stream(snapshot, ["resid.2"], max_norm=10.0)
+    with pytest.raises(ConfigError, match=r"max_norm=-1\.0: expected a number above 0"):
+        Stream(snapshot, ["resid.2"], max_norm=-1.0)

@@ -21,7 +21,13 @@ from actcache.run import LayoutSettings
 from actcache.store import HookInfo, Layout, SettingsError, TokenTable
 from actcache.store.calibrations import CalibrationRecord
 from actcache.store.canaries import CONTEXTS, MAX_TOKENS, CanaryRecord
-from actcache.store.encode import encode_acts, encode_group, encode_int8, encode_tokens
+from actcache.store.encode import (
+    encode_acts,
+    encode_group,
+    encode_int8,
+    encode_norms,
+    encode_tokens,
+)
 from actcache.store.int8 import Calibration, Int8Rows
 from actcache.store.layout import (
     CANARIES,
@@ -74,6 +80,7 @@ def hook_infos(
             dtype=dtype,
             chunk_rows=chunk_rows(d, size, layout.chunk_bytes, layout.segment_rows),
             activation_id=_DIGEST,
+            norms=True,
         )
         for p in points
     ]
@@ -102,13 +109,16 @@ def _metadata(rows: int, hooks: list[HookInfo]) -> int:
         else:
             parts.append(encode_acts("x/acts", row, small))
             more += digits
+        if info.norms:
+            parts.append(encode_norms("x", row, small))
+            more += 2 * (len(str(rows)) - 1)
     return more + sum(len(b) for part in parts for key, b in part if key.endswith(".json"))
 
 
 def _groups(hooks: list[HookInfo]) -> list[str]:
     """The groups that hold arrays of hooks."""
-    int8 = any(h.dtype == "int8" for h in hooks)
-    return ["/acts", "/scales", "/calibration"] if int8 else ["/acts"]
+    arrays = [f"/{key.partition('/')[0]}" for h in hooks for key in h.files(1)]
+    return list(dict.fromkeys(["/acts", *arrays]))
 
 
 def _objects(folder: str, rows: int, hooks: list[HookInfo]) -> tuple[StoredObject, ...]:
@@ -153,7 +163,12 @@ def _canary(first: int, hooks: list[HookInfo], layout: Layout) -> int:
     full = min(max(1, min(CONTEXTS, MAX_TOKENS // layout.context)), first // layout.context)
     rows, size = full * layout.context or first, DTYPES["float32"].itemsize
     hooks = [
-        replace(h, dtype="float32", chunk_rows=chunk_rows(h.d, size, layout.chunk_bytes, rows))
+        replace(
+            h,
+            dtype="float32",
+            chunk_rows=chunk_rows(h.d, size, layout.chunk_bytes, rows),
+            norms=False,
+        )
         for h in hooks
     ]
     folder = f"{CANARIES}/{12 * '0'}.{8 * '0'}"
@@ -234,7 +249,7 @@ def plan_disk(
         segments=sizes.total(),
         # The canary is a group too, in float32.
         files=sizes.total() * (len(commit.objects) + 1)
-        + (len(_objects("x", 1, [replace(h, dtype="float32") for h in hooks])) + 1)
+        + (len(_objects("x", 1, [replace(h, dtype="float32", norms=False) for h in hooks])) + 1)
         + (3 + len(calibrations)),
         bytes=sum(parts.values()),
         **parts,

@@ -22,7 +22,7 @@ class Assumptions:
     tflops: float = 989.0  # peak of one in host.dtype; H100 SXM, dense bf16 (NVIDIA's data sheet)
     mfu: float = 0.4  # share of the peak that a forward pass or an SAE step reaches
     disk_gb_s: float = 5.0  # one node, to write or to read, in 1e9 bytes
-    writer_gb_s: float = 0.1  # one process permutes, sums and checks; measured: bf16, one core
+    writer_gb_s: float = 0.2  # one process permutes, sums and checks; measured: bf16, one core
     text_bytes_per_token: float = 4.2  # how many tokens an input unit of layout.unit_bytes holds
     latents: int = 65_536  # of the SAE in the break-even
     gpu_usd_hour: float = 2.5

@@ -48,6 +48,12 @@ class JoinedSegment:
         """One column of the token table (n_rows,), its checksum checked."""
         return self.lead.column(name)
 
+    def norms(self, hook: str) -> NDArray[np.float32]:
+        """Length of each row of a hook (n_rows,), in the order of this segment."""
+        label, name = hook.split(":", 1)
+        norms, place = self.parts[label].norms(name), self.row_map(hook)
+        return norms if place is None else norms[place]
+
     def stats(self, hook: str, special: bool = False) -> HookStats:
         """Statistics of this segment's rows."""
         label, name = hook.split(":", 1)

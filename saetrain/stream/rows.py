@@ -1,6 +1,7 @@
 """Which rows a stream wants, known from the token tables before any activation is read.
 
-A filter looks at flags (special tokens, images, roles) and at the document's key (held-out split).
+A filter looks at flags (special tokens, images, roles), at the document's key (held-out split) and
+at the lengths that a store keeps of its rows (outliers).
 Its result is kept as one bit a row in an unnamed temporary file, so that memory does not grow with
 the store; the rows of each unit are counted, so the length of an epoch is exact from the start.
 
@@ -10,7 +11,7 @@ Cost: reading 9 bytes a row once, and a count of 4 bytes a unit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -38,6 +39,7 @@ class RowFilter:
     skip_special: bool = True
     modality: Modality = "all"
     roles: tuple[str, ...] | None = None  # None: all
+    max_norm: float | None = None  # longest row, in mean lengths of its hook; None: any
 
     def __post_init__(self) -> None:
         if self.split not in _SPLITS:
@@ -47,8 +49,11 @@ class RowFilter:
                 f"held_out_fraction={self.held_out_fraction}: expected 0 <= fraction < 1"
             )
 
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ConfigError(f"max_norm={self.max_norm}: expected a number above 0")
+
     def keep(self, flags: NDArray[np.uint8], doc: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(n,) bool from two columns of a token table."""
+        """(n,) bool from two columns of a token table; `max_norm` is not looked at."""
         keep = by_flags(
             flags, skip_special=self.skip_special, modality=self.modality, roles=self.roles
         )
@@ -70,12 +75,17 @@ class EligibleRows:
         unit_rows: Sequence[int],
         wanted: RowFilter,
         threads: int = 2,
+        mean_norms: Mapping[str, float] | None = None,
     ) -> None:
-        """`unit_rows[s]` is how many rows of segment `s` make a unit."""
+        """`unit_rows[s]` is how many rows of segment `s` make a unit.
+
+        `mean_norms` are those of the hooks that `wanted.max_norm` is about. Raises StoreError if
+        it is given and the store has no lengths of rows.
+        """
         sizes = np.array([s.n_rows for s in segments], dtype=np.int64)
         self._unit_rows = np.array(unit_rows, dtype=np.int64)
         units = -(-sizes // self._unit_rows)
-        self._sizes = sizes
+        self._sizes, self._mean_norms = sizes, mean_norms or {}
         self._first_unit = np.concatenate([[0], np.cumsum(units)])
         self._first_byte = np.concatenate([[0], np.cumsum(-(-sizes // 8))])
         self._bits = _bytes(int(self._first_byte[-1]))
@@ -86,6 +96,9 @@ class EligibleRows:
 
     def _look(self, s: int, segment: AnySegment, wanted: RowFilter) -> None:
         keep = wanted.keep(segment.column("flags"), segment.column("doc"))
+        if wanted.max_norm is not None:
+            for hook, mean in self._mean_norms.items():
+                keep &= segment.norms(hook) <= wanted.max_norm * mean
         self._bits[self._first_byte[s] : self._first_byte[s + 1]] = np.packbits(keep)
         starts = np.arange(0, len(keep), self._unit_rows[s])
         self.counts[self._first_unit[s] : self._first_unit[s + 1]] = np.add.reduceat(

@@ -58,6 +58,7 @@ class Stream:
         skip_special: bool = True,
         modality: Modality = "all",
         roles: Sequence[str] | None = None,
+        max_norm: float | None = None,
         window_rows: int = 65_536,
         run_chunks: int = 1,
         shuffle: bool = True,
@@ -73,7 +74,8 @@ class Stream:
         neighbouring chunks are read at once: more is faster on slow disks and mixes less.
         `shuffle=False` keeps units in stored order and shuffles within windows only, as a live
         source has to. Raises HookMissingError for a hook the store has not, ConfigError for
-        numbers that cannot work.
+        numbers that cannot work. `max_norm` leaves out rows longer than so many mean lengths of
+        any of the hooks; statistics (`space`) are those of the store, with them.
         """
         self.snapshot = snapshot
         self.hooks = tuple(snapshot.resolve_hook(h) for h in hooks)
@@ -88,6 +90,7 @@ class Stream:
             skip_special=skip_special,
             modality=modality,
             roles=None if roles is None else tuple(roles),
+            max_norm=max_norm,
         )
         # What is shuffled, rows here: how many there are in a batch, a window, each unit, an epoch.
         self._per_batch, self._per_window = batch_tokens, window_rows
@@ -102,8 +105,15 @@ class Stream:
     def _count(self) -> tuple[NDArray[np.int32], int]:
         """What each unit has to offer, and the eligible rows in all."""
         together = [unit_rows(s, self.hooks, self.run_chunks) for s in self.snapshot.segments]
-        self.eligible = EligibleRows(self.snapshot.segments, together, self.filter, self.threads)
+        norms = {} if self.filter.max_norm is None else self._mean_norms()
+        self.eligible = EligibleRows(
+            self.snapshot.segments, together, self.filter, self.threads, norms
+        )
         return self.eligible.counts, self.eligible.n_rows
+
+    def _mean_norms(self) -> dict[str, float]:
+        special = not self.filter.skip_special
+        return {h: self.snapshot.stats(h, special=special).mean_norm for h in self.hooks}
 
     def _check(self) -> None:
         for name in ("batch_tokens", "window_rows", "run_chunks", "world", "threads"):
