@@ -39,6 +39,7 @@ from saetrain.artefact_files import (
     read_tensors,
 )
 from saetrain.codes import Codes, decode_codes, dense
+from saetrain.units import Unit
 
 SCHEMA = 1
 
@@ -86,6 +87,7 @@ class Inference(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    unit: ClassVar[Unit] = "token"  # "sequence": encode takes contexts (..., T, D), see `units`
     threshold: Tensor | None  # where the activation has one
 
     def __init__(self, description: Description, tensors: Mapping[str, Tensor]) -> None:
@@ -128,12 +130,16 @@ class Inference(nn.Module, ABC):
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction (..., E) in raw units, in the weights' dtype."""
 
+    def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
+        """`decode(codes)`, and whatever reaches the output past the latents, such as a skip."""
+        return self.decode(codes)
+
     # -- the same for all ----------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """{"sae_out": (..., E), "feature_acts": (..., F) dense}."""
         codes = self.encode(x)
-        return {"sae_out": self.decode(codes), "feature_acts": dense(codes)}
+        return {"sae_out": self.reconstruct(x, codes), "feature_acts": dense(codes)}
 
     @property
     def activation(self) -> InferenceName:

@@ -77,7 +77,7 @@ def watched(
     ) as bar:
         for batch in batches:
             yield batch
-            bar.update(len(batch.segment))
+            bar.update(batch.n_counted)
 
 
 class _WandbRun(Protocol):

@@ -28,11 +28,12 @@ from actcache.store.local_cache import LocalCache
 from actcache.store.places import IN_FLIGHT, Remote
 from saetrain.errors import ConfigError, TrainingError
 from saetrain.log import say
-from saetrain.saes import make_config
+from saetrain.saes import make_config, sae_class
 from saetrain.saes.base import HookSpace
 from saetrain.settings import TrainSettings
 from saetrain.several import Readable, activation_ids, at, open_several, parts, stream_over
 from saetrain.stream import Batch, Stream
+from saetrain.units import unit_of
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
 _PACKAGES = ("actcache-saetrain", "torch", "numpy", "safetensors", "zarr", "hydra-core", "wandb")
@@ -138,7 +139,12 @@ def resolve(settings: TrainSettings, snapshot: Readable) -> TrainSettings:
             sae[name] = snapshot.resolve_hook(value)
         elif value is not None:
             sae[name] = [snapshot.resolve_hook(hook) for hook in value]
-    return replace(settings, hook=snapshot.resolve_hook(settings.hook), sae=sae)
+    if not config.NAMES_INPUTS:
+        return replace(settings, hook=snapshot.resolve_hook(settings.hook), sae=sae)
+    first = make_config(sae, settings.saes_path).hooks(settings.hook)[0]
+    if settings.hook not in (TrainSettings.hook, first[0]):
+        say(f"hook={settings.hook} has no effect: sae.name={sae['name']} reads {', '.join(first)}")
+    return replace(settings, hook=first[0], sae=sae)  # names the run
 
 
 def open_source(settings: TrainSettings, snapshot: Readable, device: torch.device) -> Source:
@@ -150,6 +156,7 @@ def open_source(settings: TrainSettings, snapshot: Readable, device: torch.devic
         stream = stream_over(
             snapshot,
             hooks,
+            unit=sae_class(settings.sae, settings.saes_path).unit,
             batch_tokens=settings.batch_tokens,
             seed=settings.seed,
             split=split,
@@ -198,10 +205,13 @@ def sources(
         if settings.source == "live":
             from saetrain.live import open_live  # it makes a Source, so not at the top
 
-            return open_live(settings, device)
+            settings, source = open_live(settings, device)
+            _check_unit(settings, source.train)
+            return settings, source
         newest = open_snapshot(settings)
         settings = resolve(settings, newest)
         return settings, open_source(settings, _recorded_snapshot(settings, newest), device)
+    _check_unit(settings, stream)
     snapshot = stream.snapshot if isinstance(stream, Stream) else None
     if snapshot is not None:
         settings = resolve(settings, snapshot)
@@ -215,6 +225,30 @@ def sources(
         snapshot=snapshot,
     )
     return settings, source
+
+
+def _check_unit(settings: TrainSettings, stream: BatchStream) -> None:
+    """ConfigError unless the stream gives what the architecture reads: rows, or whole contexts."""
+    name, unit = settings.sae["name"], sae_class(settings.sae, settings.saes_path).unit
+    if unit == unit_of(stream):
+        return
+    if unit == "token":
+        raise ConfigError(
+            f"sae.name={name} reads single rows, and this stream gives whole contexts. Give "
+            "saetrain.stream.Stream"
+        )
+    if settings.source == "live":
+        raise ConfigError(
+            f"sae.name={name} reads whole contexts, and source=live mixes single rows. Cache the "
+            "activations first (actcache run) and train from the store, source=store"
+        )
+    order = stream.snapshot.store.identity.layout.order if isinstance(stream, Stream) else None
+    of = f" of a store of order={order}" if order else ""
+    raise ConfigError(
+        f"sae.name={name} reads whole contexts, and this stream gives single, shuffled rows{of}. "
+        "Give saetrain.stream.SequenceStream, which puts contexts together, sorting their rows "
+        "where a store has them permuted"
+    )
 
 
 def _recorded_snapshot(settings: TrainSettings, newest: Readable) -> Readable:

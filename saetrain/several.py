@@ -15,7 +15,8 @@ from actcache.store.ids import leaves
 from saetrain.errors import ConfigError
 from saetrain.log import say
 from saetrain.settings import TrainSettings
-from saetrain.stream import JoinedSnapshot, Mix, Stream, join
+from saetrain.stream import JoinedSnapshot, Mix, SequenceStream, Stream, join
+from saetrain.units import Unit
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,37 @@ def activation_ids(snapshot: Readable, hooks: Mapping[str, Any]) -> dict[str, An
     return {h: snapshot.hooks[h].activation_id for h in hooks}
 
 
-def stream_over(snapshot: Readable, hooks: tuple[str, ...], **options: Any) -> Stream | Mix:
-    """A stream, or a mix of one per store. `options` are those of `Stream`."""
+def stream_over(
+    snapshot: Readable, hooks: tuple[str, ...], *, unit: Unit = "token", **options: Any
+) -> Stream | Mix:
+    """A stream, or a mix of one per store. `options` are those of `Stream`.
+
+    ConfigError where whole contexts (`unit = "sequence"`) cannot be had.
+    """
+    if unit == "sequence":
+        return _contexts(snapshot, hooks, options.pop("batch_tokens"), options)
     if not isinstance(snapshot, MixedSnapshot):
         return Stream(snapshot, hooks, **options)
     streams = [
         (Stream(s, hooks, **options), snapshot.weights[k]) for k, s in snapshot.snapshots.items()
     ]
     return Mix(streams, names=list(snapshot.snapshots))
+
+
+def _contexts(
+    snapshot: Readable, hooks: tuple[str, ...], batch_tokens: int, options: Mapping[str, Any]
+) -> SequenceStream:
+    """Whole contexts, `batch_tokens` positions at once."""
+    if isinstance(snapshot, MixedSnapshot):
+        raise ConfigError(
+            "mix: this SAE reads whole contexts, and stores are mixed row by row. Give one store"
+        )
+    context = int(snapshot.context)
+    sequences, rest = divmod(batch_tokens, context)
+    if rest or not sequences:
+        raise ConfigError(
+            f"batch_tokens={batch_tokens:,}: this SAE reads whole contexts, which are {context} "
+            f"tokens long in this store; give a multiple, such as "
+            f"batch_tokens={max(1, sequences) * context}"
+        )
+    return SequenceStream(snapshot, hooks, batch_sequences=sequences, **options)

@@ -148,23 +148,23 @@ class Trainer:
         asked = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - asked
-        if len(batch.segment) != self.settings.batch_tokens:
+        if batch.n_tokens != self.settings.batch_tokens:
             raise ConfigError(
-                f"the stream gives batches of {len(batch.segment)} tokens, the settings say "
+                f"the stream gives batches of {batch.n_tokens} tokens, the settings say "
                 f"batch_tokens={self.settings.batch_tokens}"
             )
         return batch
 
     def _train_step(self, batch: Batch) -> None:
-        sae, optim = self.sae, self.optim
+        sae, optim, acts = self.sae, self.optim, batch.inputs
         if self.step == 0:
             with torch.no_grad():
-                sae.init_from_data(batch.acts)
+                sae.init_from_data(acts)
         tokens = (self.step + 1) * self.settings.batch_tokens
         progress = Progress(step=self.step, n_steps=self.n_steps, tokens=tokens)
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            losses = sae.losses(batch.acts, progress)
+            losses = sae.losses(acts, progress)
         total = losses.total
         total.backward()  # type: ignore[no-untyped-call]
         sae.before_step()
@@ -172,7 +172,7 @@ class Trainer:
         optim.step(schedule_factor(self.step, self.n_steps, self.settings.schedule))
         sae.after_step()
         sae.note_firing(losses.codes)
-        optim.forget(sae.resample(batch.acts, progress))
+        optim.forget(sae.resample(acts, progress))
         self.window.add(step_numbers(losses, total, norm))
         self.step += 1
 
@@ -268,7 +268,7 @@ class Trainer:
     def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Save the inference SAE, evaluate it on held-out documents, write eval.json."""
         run_dir = self.settings.run_dir
-        self.sae.calibrate(batch.acts for batch in self.source.held_out.one_pass())
+        self.sae.calibrate(batch.inputs for batch in self.source.held_out.one_pass())
         sae = self.sae.to_inference()
         sae.save(run_dir / evals.SAE_FOLDER, source=record)
         metrics = evals.evaluate_with_baseline(

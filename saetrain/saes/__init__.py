@@ -51,6 +51,11 @@ def make_config(values: Mapping[str, Any], saes_path: Iterable[str | Path] = ())
     return _resolve(values, saes_path)[1]
 
 
+def sae_class(values: Mapping[str, Any], saes_path: Iterable[str | Path] = ()) -> type[SAE]:
+    """The class of the architecture that `values` name."""
+    return _resolve(values, saes_path)[0]
+
+
 def make_sae(
     values: Mapping[str, Any],
     spaces: Mapping[str, HookSpace],

@@ -27,6 +27,7 @@ from saetrain import presets
 from saetrain.codes import Codes, SparseCodes, dense, firing_counts
 from saetrain.errors import ConfigError
 from saetrain.progress import Progress as Progress
+from saetrain.units import Unit
 
 if TYPE_CHECKING:
     from saetrain.artefact import Inference
@@ -65,6 +66,8 @@ class SAEConfig:
 
     # Fields that name hooks: aliases in them are replaced by the stored names before training.
     HOOK_FIELDS: ClassVar[tuple[str, ...]] = ("hook_out",)
+    # Whether these fields name the input hooks, too, so that the run's `hook` is not read.
+    NAMES_INPUTS: ClassVar[bool] = False
 
     n_latents: int | None = None  # F; give this or expansion_factor
     expansion_factor: int | None = None  # F = expansion_factor * d_in
@@ -102,6 +105,7 @@ class SAE(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[SAEConfig]]
+    unit: ClassVar[Unit] = "token"  # what it reads at once, see `saetrain.units`
 
     in_center: Tensor  # (D,) c
     in_scale: Tensor  # () s
@@ -114,7 +118,7 @@ class SAE(nn.Module, ABC):
         self.cfg = cfg
         self.hooks_in, self.hooks_out = cfg.hooks(next(iter(spaces)))
         space = spaces[self.hooks_in[0]]
-        _check_space(space, cfg)
+        check_space(space, cfg)
         self.d_in = space.d
         self.n_latents = cfg.latents(space.d)
         scale = {
@@ -135,22 +139,29 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> Codes:
-        """Latents of raw activations x (..., D)."""
+        """Latents of raw activations x (..., D), of several hooks (..., H, D)."""
 
     @abstractmethod
     def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction (..., E) in raw units."""
+        """Reconstruction (..., E) in raw units, of several hooks (..., G, E)."""
+
+    def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
+        """`decode(codes)`, and whatever reaches the output past the latents, such as a skip."""
+        return self.decode(codes)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """{"sae_out": (..., E), "feature_acts": (..., F) dense}."""
         codes = self.encode(x)
-        return {"sae_out": self.decode(codes), "feature_acts": dense(codes)}
+        return {"sae_out": self.reconstruct(x, codes), "feature_acts": dense(codes)}
 
     # -- training ---------------------------------------------------------------------------------
 
     @abstractmethod
     def losses(self, acts: Mapping[str, Tensor], progress: Progress) -> Losses:
-        """Loss terms of one batch; `acts[hook]` is (B, d_hook) raw activations."""
+        """Loss terms of one batch; `acts[hook]` is (B, d_hook) raw activations.
+
+        With `unit = "sequence"` (S, T, d_hook), and masks beside them: see `saetrain.units`.
+        """
 
     def init_from_data(self, acts: Mapping[str, Tensor]) -> None:
         """Called once with the first batch, before the first step. Default: nothing."""
@@ -210,7 +221,7 @@ def check_autoencoder(cfg: SAEConfig, spaces: Mapping[str, HookSpace], name: str
         raise ConfigError(f"sae.name={name} reads one hook, got {len(spaces)}: {', '.join(spaces)}")
 
 
-def _check_space(space: HookSpace, cfg: SAEConfig) -> None:
+def check_space(space: HookSpace, cfg: SAEConfig) -> None:
     """ConfigError if the hook's statistics leave nothing to scale by or to learn."""
     if cfg.scale != "none" and not space.mean_norm > 0:
         raise ConfigError(

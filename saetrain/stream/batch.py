@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,3 +34,22 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.segment)
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows, counted as in `batch_tokens`."""
+        return len(self.segment)
+
+    @property
+    def n_counted(self) -> int:
+        """Rows that count."""
+        return len(self.segment)
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """What an SAE is given: the activations, and masks where it reads whole contexts."""
+        return self.acts
+
+    def counted(self) -> tuple[dict[str, Tensor], NDArray[np.int32], NDArray[Any]]:
+        """(activations (N, d) by hook, segment (N,), ctx (N,)) of the rows that count: all here."""
+        return self.acts, self.segment, self.tokens.ctx

@@ -19,10 +19,10 @@ chunks that hold its contexts, in permuted stores all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from saetrain.stream.loader import Loaded, Places
 from saetrain.stream.order import Window
 from saetrain.stream.rows import RowFilter
 from saetrain.stream.stream import Stream, _parts
+from saetrain.units import DOCUMENT, MASK, PRESENT, Unit
 
 _UNITS = 16  # of a segment whose contexts lie side by side, at most: each reads its token table
 _PIECE_CHUNKS = 8  # chunks that a thread reads in one go
@@ -57,6 +58,32 @@ class SequenceBatch(Batch):
     ctx: NDArray[np.int64]  # (S,) number of the context in its segment
     mask: Tensor  # (S, T) bool: counts
     present: Tensor  # (S, T) bool: may be attended to
+    apart: bool = False  # the host kept packed documents apart: rows attend within their own
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions, S x T, whether they count or not."""
+        return self.mask.numel()
+
+    @property
+    def n_counted(self) -> int:
+        """Rows that count."""
+        return int(self.mask.sum())
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """Activations (S, T, d) and masks, see `saetrain.units`."""
+        masks = {MASK: self.mask, PRESENT: self.present}
+        if self.apart:
+            documents = torch.from_numpy(self.tokens.doc.view(np.int64))
+            masks[DOCUMENT] = documents.to(self.mask.device)
+        return {**self.acts, **masks}
+
+    def counted(self) -> tuple[dict[str, Tensor], NDArray[np.int32], NDArray[Any]]:
+        """(activations (N, d) by hook, segment (N,), ctx (N,)) of the rows that count."""
+        acts = {hook: x[self.mask] for hook, x in self.acts.items()}
+        at = np.nonzero(self.mask.cpu().numpy())[0]
+        return acts, self.segment[at], self.ctx[at]
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,8 @@ class SequenceStream(Stream):
     `n_rows` counts the rows that count, `n_sequences` contexts; `batch_tokens` is S x T.
     """
 
+    unit: ClassVar[Unit] = "sequence"
+
     def __init__(
         self, snapshot: AnySnapshot, hooks: Sequence[str], *, batch_sequences: int = 8, **kw: Any
     ) -> None:
@@ -97,6 +126,8 @@ class SequenceStream(Stream):
         self._per_batch = batch_sequences
         self._per_window = max(batch_sequences, self.window_rows // self.length)
         self.n_sequences = self._per_epoch
+        packing = snapshot.store.identity.token_stream.get("packing", {})
+        self.apart = not packing.get("attend_across_documents", True)
         self.batches_per_epoch = self.n_sequences // batch_sequences
 
     def _count(self) -> tuple[NDArray[np.int32], int]:
@@ -151,7 +182,7 @@ class SequenceStream(Stream):
             acts = {h: x.view(*shape, x.shape[-1]) for h, x in batch.acts.items()}
             for x in () if whole else acts.values():
                 x.masked_fill_(~present[..., None], 0)
-            yield replace(batch, acts=acts, mask=mask, present=present)
+            yield replace(batch, acts=acts, mask=mask, present=present, apart=self.apart)
 
     def _batch(
         self, held: Sequence[Loaded], first: int, last: int, epoch: int, step: int
