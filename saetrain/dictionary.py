@@ -102,8 +102,9 @@ class Dictionary(SAE):
     cfg: DictionaryConfig
 
     def __init__(self, cfg: DictionaryConfig, spaces: Mapping[str, HookSpace]) -> None:
-        check_autoencoder(cfg, spaces, self.name)
+        self._check_hooks(cfg, spaces)
         super().__init__(cfg, spaces)
+        self._make_units(spaces)
         because = f" (sae.expansion_factor={cfg.expansion_factor} x width {self.d_in})"
         cfg.activation.check(self.n_latents, because if cfg.expansion_factor else "")
         self.activation = make_activation(cfg.activation, self.n_latents)
@@ -111,6 +112,12 @@ class Dictionary(SAE):
         aux_k = max(1, self.d_in // 2) if cfg.aux_k is None else cfg.aux_k
         self.aux_k = min(aux_k, self.n_latents) if cfg.auxk_alpha else 0
         self._make_weights(spaces[self.hooks_in[0]].mean)
+
+    def _check_hooks(self, cfg: DictionaryConfig, spaces: Mapping[str, HookSpace]) -> None:
+        check_autoencoder(cfg, spaces, self.name)
+
+    def _make_units(self, spaces: Mapping[str, HookSpace]) -> None:
+        """Units of hooks beyond the first one's."""
 
     def _make_weights(self, mean_D: Tensor) -> None:
         cfg, (rows, norm) = self.cfg, self._start_norms()
@@ -139,15 +146,39 @@ class Dictionary(SAE):
         """Effective weights: decoder rows of length 1."""
         if self.cfg.decoder_norm == "unit":
             return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        norm_F = self.W_dec.norm(dim=1)
+        norm_F = self.row_norms()
         return Weights(
             self.W_enc * norm_F, self.b_enc * norm_F, self.W_dec / norm_F[:, None], self.b_dec
         )
 
+    def row_norms(self) -> Tensor:
+        """(F,) what the rows of a free decoder count as."""
+        norms_F: Tensor = self.W_dec.norm(dim=1)
+        return norms_F
+
+    def inputs(self, acts: Mapping[str, Tensor]) -> Tensor:
+        """What is encoded, (..., D) in standardised units."""
+        return self.standardise(acts[self.hooks_in[0]])
+
+    def targets(self, acts: Mapping[str, Tensor]) -> Tensor:
+        """What is reconstructed, (..., E) in standardised units."""
+        return self.inputs(acts)
+
+    def pre_activations(self, x: Tensor, w: Weights) -> Tensor:
+        """(..., F) of standardised inputs x (..., D)."""
+        return (x - w.b_dec) @ w.W_enc + w.b_enc
+
+    def predict(self, codes: Codes, x: Tensor, w: Weights) -> Tensor:
+        """(..., E) in standardised units."""
+        return decode_codes(codes, w.W_dec) + w.b_dec
+
+    def _encoder_terms(self, x_BD: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """(x, b) of the product x W_enc + b, x without gradients."""
+        return x_BD - self.b_dec.detach(), input_bias(w.b_enc, self.b_dec, w.W_enc)
+
     def encode(self, x: Tensor) -> Codes:
         """Latents of raw activations x (..., D), by the inference form of the activation."""
-        w = self.weights()
-        return self.activation.infer((self.standardise(x) - w.b_dec) @ w.W_enc + w.b_enc)
+        return self.activation.infer(self.pre_activations(self.standardise(x), self.weights()))
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction (..., E) in raw units."""
@@ -159,7 +190,7 @@ class Dictionary(SAE):
 
         TopK without a penalty that reads pre-activations makes nothing dense after the selection.
         """
-        x_BD, bias_F = x_BD - self.b_dec.detach(), input_bias(w.b_enc, self.b_dec, w.W_enc)
+        x_BD, bias_F = self._encoder_terms(x_BD, w)
         needs_pre = self.penalty is not None and self.penalty.needs_pre
         if isinstance(self.activation, TopK) and not needs_pre:
             return self._pick_topk(x_BD, w.W_enc, bias_F, self.activation.cfg.k)
@@ -210,7 +241,12 @@ class Dictionary(SAE):
             return {}, {}
         name = self.penalty.cfg.name
         now = torch.full((), self.penalty.coefficient(progress), device=self.in_scale.device)
-        return {name: self.penalty(codes, pre, None, progress)}, {f"{name}_coefficient": now}
+        term = self.penalty(codes, pre, self.penalty_norms(), progress)
+        return {name: term}, {f"{name}_coefficient": now}
+
+    def penalty_norms(self) -> Tensor | None:
+        """(F,) sizes of the effective decoder rows in the penalty; None: 1."""
+        return None
 
     def revival(self, e_BE: Tensor, picked: Picked, w: Weights) -> dict[str, Tensor]:
         """{"auxk": term}, empty where AuxK is off, 0 while nothing is dead."""
@@ -225,13 +261,13 @@ class Dictionary(SAE):
     @torch.no_grad()
     def init_from_data(self, acts: Mapping[str, Tensor]) -> None:
         """What the first batch decides: geometric median, searched norm."""
-        x_BD = self.standardise(acts[self.hooks_in[0]])
+        x_BD, y_BE = self.inputs(acts), self.targets(acts)
         if self.cfg.init_bias == "geometric_median":
-            self.b_dec.copy_(init.geometric_median(x_BD))
+            self.b_dec.copy_(init.geometric_median(y_BE))
         if self.cfg.init_norm == "search":
-            self._search_norm(x_BD[:1024])
+            self._search_norm(x_BD[:1024], y_BE[:1024])
 
-    def _search_norm(self, x_BD: Tensor) -> None:
+    def _search_norm(self, x_BD: Tensor, y_BE: Tensor) -> None:
         """Set the start length that reconstructs best on x, of `init.NORMS`."""
         columns, rows = self.W_enc / self.W_enc.norm(dim=0), self.W_dec / self.W_dec[0].norm()
         free = self.cfg.decoder_norm == "free"
@@ -240,8 +276,7 @@ class Dictionary(SAE):
             self.W_enc.copy_(columns * norm)
             self.W_dec.copy_(rows * norm if free else rows)
             w = self.weights()
-            codes = self.pick(x_BD, w).codes
-            e_BE = x_BD - (decode_codes(codes, w.W_dec) + w.b_dec)
+            e_BE = y_BE - self.predict(self.pick(x_BD, w).codes, x_BD, w)
             return float(e_BE.square().sum(-1).mean())
 
         error(min(init.NORMS, key=error))  # the last call leaves the best one set
@@ -279,6 +314,13 @@ class Dictionary(SAE):
         start = getattr(self.cfg.activation, "threshold", 0.0)
         return {n: start if n == "activation.threshold" else 0.0 for n in vectors if n != "b_dec"}
 
+    def input_origin(self) -> Tensor:
+        """(D,) the point from which resampling takes the directions of inputs."""
+        return self.b_dec
+
+    def settle_biases(self, ids: Tensor) -> None:
+        """Set biases of resampled latents that depend on their new weights."""
+
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Fix batchtopk's threshold on held-out rows; nothing for the others."""
@@ -287,7 +329,6 @@ class Dictionary(SAE):
             return
         w = self.weights()
         for acts in batches:
-            x_BD = self.standardise(acts[self.hooks_in[0]])
-            if not calibrator.update((x_BD - w.b_dec) @ w.W_enc + w.b_enc):
+            if not calibrator.update(self.pre_activations(self.inputs(acts), w)):
                 break
         calibrator.finish()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from saetrain.activations import Form
-from saetrain.artefact import InferenceSAE
+from saetrain.artefact import Description, InferenceSAE
 
 if TYPE_CHECKING:
+    from saetrain.linked import Linked
     from saetrain.saes.base import SAE
 
 
@@ -42,6 +43,42 @@ def fold(
         hooks_out=sae.hooks_out,
         options=options,
         source=origin(sae),
+    )
+
+
+def fold_linked(sae: Linked, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`weights` (W_enc, b_enc, W_dec, b_dec) between other hooks, folded, by name.
+
+    W_enc (H·D, F) <- s W_enc, b_enc <- b_enc - c s W_enc, W_dec (F, G·E) <- W_dec / s,
+    b_dec <- b_dec / s + c, with s and c of every channel. In float64: where c is large, the two
+    parts of b_enc nearly cancel.
+    """
+    W_enc, b_enc, W_dec, b_dec = (w.detach().double() for w in weights)
+    W_enc = W_enc * sae.in_scale.double()[:, None]
+    out_scale = sae.out_scale.double()
+    folded = {
+        "W_enc": W_enc,
+        "b_enc": b_enc - sae.in_center.double() @ W_enc,
+        "W_dec": W_dec / out_scale,
+        "b_dec": b_dec / out_scale + sae.out_center.double(),
+    }
+    return {name: w.to(sae.out_scale.dtype) for name, w in folded.items()}
+
+
+def describe(sae: Linked, kind: str, form: Form, **more: Any) -> Description:
+    """What sae.json says of a dictionary between other hooks."""
+    return Description(
+        kind=kind,
+        activation=form.activation,
+        k=form.k,
+        d_in=sae.d_in,
+        n_latents=sae.n_latents,
+        d_out=sae.d_out,
+        hooks_in=sae.hooks_in,
+        hooks_out=sae.hooks_out,
+        apply_b_dec_to_input=False,
+        source=origin(sae),
+        **more,
     )
 
 

@@ -56,9 +56,13 @@ def auxk(e_BE: Tensor, aux: SparseCodes, W_dec_FE: Tensor, dead_F: Tensor) -> Te
     `saetrain.codes.select_topk`. Exactly 0, with zero gradients, when no latent is dead or the
     residual does not vary; a non-finite residual stays non-finite.
     """
-    target_BE = e_BE.detach()
     many = prefer_dense(aux.values.shape[-1], aux.n_latents)
-    guess_BE = decode_codes(aux.dense() if many else aux, W_dec_FE)
+    return explained_by(decode_codes(aux.dense() if many else aux, W_dec_FE), e_BE, dead_F)
+
+
+def explained_by(guess_BE: Tensor, e_BE: Tensor, dead_F: Tensor) -> Tensor:
+    """AuxK of a guess ê that an architecture has decoded by itself."""
+    target_BE = e_BE.detach()
     variation = (target_BE - target_BE.mean(0)).square().sum()
     off = (variation == 0) | ~dead_F.any()  # on the device: no wait for the GPU
     ratio = (target_BE - guess_BE).square().sum() / variation.masked_fill(off, 1.0)

@@ -200,7 +200,14 @@ class ContextSums:
         return table
 
     def fve_se(self, mean_offset_sq: float, resamples: int, seed: int = 0) -> float | None:
-        """Bootstrap standard error of FVE over contexts; None below two contexts or resamples.
+        """Bootstrap standard error of FVE over contexts; None below two contexts or resamples."""
+        fves = self.fves(mean_offset_sq, resamples, seed)
+        return None if fves is None else float(np.std(fves, ddof=1))
+
+    def fves(
+        self, mean_offset_sq: float, resamples: int, seed: int = 0
+    ) -> NDArray[np.float64] | None:
+        """FVE of each bootstrap resample of contexts; equal seeds draw equal contexts.
 
         The mean is held at its value over all rows, so each resample is a ratio of two weighted
         sums; the error this makes is of second order in 1/C. Cost: resamples x C.
@@ -211,4 +218,5 @@ class ContextSums:
             return None
         weights = np.random.default_rng(seed).multinomial(c, np.full(c, 1 / c), size=resamples)
         n, err, dev = (weights @ table).T
-        return float(np.std(1.0 - err / (dev - n * mean_offset_sq), ddof=1))
+        fves: NDArray[np.float64] = 1.0 - err / (dev - n * mean_offset_sq)
+        return fves

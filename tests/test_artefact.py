@@ -149,7 +149,7 @@ def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
         ({"k": None}, "activation=topk with k=None"),
         ({"k": 13}, "k=13: expected 1 to n_latents=12"),
         ({"d_out": 6}, "apply_b_dec_to_input needs equal widths, got 5 and 6"),
-        ({"kind": "saee"}, "kind='saee' is not known, expected one of gated, sae"),
+        ({"kind": "saee"}, "kind='saee' is not known, expected one of "),
         ({"options": {"x": 1}}, "options: expected group_sizes or nothing, got ['x']"),
         ({"options": {"group_sizes": [5, 6]}}, "options.group_sizes=[5, 6]: expected whole"),
         ({"options": {"group_sizes": 12}}, "options.group_sizes=12: expected whole"),

@@ -7,10 +7,11 @@ the first rows in stored order, which is whole segments first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch import Tensor
 from saetrain.codes import Codes
 from saetrain.errors import ConfigError
 from saetrain.metrics import FORMULAS, ContextSums, Firing, Reconstruction
+from saetrain.stacking import stacked
 from saetrain.stream import Batch
+from saetrain.units import encode_counted, first_rows, unit_of
 
 
 class Encoder(Protocol):
@@ -33,13 +36,29 @@ def rows(
     batches: Iterable[Batch], limit: int | None
 ) -> Iterator[tuple[dict[str, Tensor], NDArray[Any], NDArray[Any]]]:
     """(acts, segment, ctx) of each batch, cut to exactly `limit` tokens in all."""
+    for _, acts, segment_B, ctx_B in _cut(batches, limit):
+        yield acts, segment_B, ctx_B
+
+
+def _cut(
+    batches: Iterable[Batch], limit: int | None
+) -> Iterator[tuple[Batch, dict[str, Tensor], NDArray[Any], NDArray[Any]]]:
+    """Each batch whole, and what `rows` says of it."""
     done = 0
     for batch in batches:
-        n = len(batch.segment) if limit is None else min(limit - done, len(batch.segment))
-        yield {h: x[:n] for h, x in batch.acts.items()}, batch.segment[:n], batch.tokens.ctx[:n]
+        acts, segment, ctx = batch.counted()
+        n = len(segment) if limit is None else min(limit - done, len(segment))
+        yield batch, {h: x[:n] for h, x in acts.items()}, segment[:n], ctx[:n]
         done += n
         if done == limit:  # before the next batch is read
             return
+
+
+def _codes(sae: Encoder, batch: Batch, acts: Mapping[str, Tensor], hooks: Sequence[str]) -> Codes:
+    """Latents of `acts`, the first rows that count of `batch`; contexts are read whole."""
+    if unit_of(sae) == "token":
+        return sae.encode(stacked(acts, hooks))
+    return first_rows(encode_counted(sae, batch.inputs, hooks[0]), len(acts[hooks[0]]))
 
 
 @torch.no_grad()
@@ -47,8 +66,8 @@ def evaluate(
     sae: Encoder,
     batches: Iterable[Batch],
     *,
-    hook_in: str,
-    hook_out: str,
+    hook_in: str | Sequence[str],
+    hook_out: str | Sequence[str],
     reference: Tensor,
     tokens: int | None = None,
     bootstrap: int = 200,
@@ -56,28 +75,83 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of `sae` over at most `tokens` rows of `batches`.
 
-    `reference` (D_out,) is the store's mean of the output hook. The result is JSON-able: fve with
-    its standard error, mse, nmse, cos, norm_ratio, l0 with percentiles, l1, dead share, density
-    histogram, tokens, contexts and the formulas. ConfigError if there are no rows.
+    `reference` (D_out,) is the store's mean of the output hook, (G, D_out) of G of them. The result
+    is JSON-able: fve with its standard error, mse, nmse, cos, norm_ratio, l0 with percentiles, l1,
+    dead share, density histogram, tokens, contexts and the formulas. Of several output hooks, the
+    first five are means over them, and `hooks` has those of each. ConfigError if there are no rows.
     """
-    stream = rows(batches, tokens)
+    ins, outs = _names(hook_in), _names(hook_out)
+    stream = _cut(batches, tokens)
     first = next(stream, None)
     if first is None:
         raise ConfigError("the held-out split has no rows; raise held_out_fraction")
-    recon, contexts = Reconstruction(reference.to(first[0][hook_out].device)), ContextSums()
+    device = first[1][outs[0]].device
+    scores = [_Score(mean_D.to(device)) for mean_D in reference.reshape(len(outs), -1)]
     firing: Firing | None = None
-    for acts, segment_B, ctx_B in chain([first], stream):
-        codes = sae.encode(acts[hook_in])
+    for batch, acts, segment_B, ctx_B in chain([first], stream):
+        codes = _codes(sae, batch, acts, ins)
         if firing is None:
             firing = Firing(_width(codes), reference.device)
         firing.update(codes)
-        err_B, dev_B = recon.update(acts[hook_out], sae.decode(codes))
-        contexts.update(segment_B, ctx_B, err_B.cpu().numpy(), dev_B.cpu().numpy())
+        y = _reconstruct(sae, stacked(acts, ins), codes)
+        for score, hook, y_BD in zip(scores, outs, y.unbind(-2) if outs[1:] else [y], strict=True):
+            score.update(acts[hook], y_BD, segment_B, ctx_B)
     assert firing is not None  # there was a first batch
-    result: dict[str, Any] = {**recon.compute(), **firing.compute()}
-    result["fve_se"] = contexts.fve_se(recon.mean_offset_sq, bootstrap, seed)
-    result |= {"tokens": recon.n, "contexts": len(contexts.table()), "split": "held_out"}
-    return result | {"special_tokens": "excluded", "formulas": FORMULAS}
+    result = {**_together(scores, outs, bootstrap, seed), **firing.compute()}
+    contexts = len(scores[0].contexts.table())
+    result |= {"tokens": scores[0].recon.n, "contexts": contexts, "split": "held_out"}
+    return result | {"special_tokens": "excluded", "formulas": FORMULAS | _means(outs)}
+
+
+class _Score:
+    """The sums of one output hook."""
+
+    def __init__(self, reference_D: Tensor) -> None:
+        self.recon, self.contexts = Reconstruction(reference_D), ContextSums()
+
+    def update(
+        self, x_BD: Tensor, y_BD: Tensor, segment_B: NDArray[Any], ctx_B: NDArray[Any]
+    ) -> None:
+        err_B, dev_B = self.recon.update(x_BD, y_BD)
+        self.contexts.update(segment_B, ctx_B, err_B.cpu().numpy(), dev_B.cpu().numpy())
+
+    def fves(self, bootstrap: int, seed: int) -> NDArray[np.float64] | None:
+        return self.contexts.fves(self.recon.mean_offset_sq, bootstrap, seed)
+
+
+def _together(
+    scores: Sequence[_Score], hooks: Sequence[str], bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """Scores of one hook, or their means over hooks beside those of each."""
+    drawn = [score.fves(bootstrap, seed) for score in scores]  # the same contexts for all
+    each = [score.recon.compute() for score in scores]
+    if len(hooks) == 1:
+        return {**each[0], "fve_se": _spread(drawn)}
+    means: dict[str, Any] = {n: sum(one[n] for one in each) / len(each) for n in each[0]}
+    own = [{**one, "fve_se": _spread([fves])} for one, fves in zip(each, drawn, strict=True)]
+    return {**means, "fve_se": _spread(drawn), "hooks": dict(zip(hooks, own, strict=True))}
+
+
+def _spread(drawn: Sequence[NDArray[np.float64] | None]) -> float | None:
+    """Standard deviation over resamples of the mean over hooks."""
+    known = [fves for fves in drawn if fves is not None]
+    return float(np.std(np.mean(known, axis=0), ddof=1)) if known else None
+
+
+def _means(hooks: Sequence[str]) -> dict[str, str]:
+    """Formulas of means over several output hooks."""
+    names = ("fve", "mse", "nmse", "cos", "norm_ratio") if len(hooks) > 1 else ()
+    return {n: f"mean over {len(hooks)} output hooks of {FORMULAS[n]}" for n in names}
+
+
+def _names(hooks: str | Sequence[str]) -> tuple[str, ...]:
+    return (hooks,) if isinstance(hooks, str) else tuple(hooks)
+
+
+def _reconstruct(sae: Encoder, x: Tensor, codes: Codes) -> Tensor:
+    """With what passes around the latents, where the SAE has such a thing."""
+    whole: Callable[[Tensor, Codes], Tensor] | None = getattr(sae, "reconstruct", None)
+    return sae.decode(codes) if whole is None else whole(x, codes)
 
 
 def _width(codes: Codes) -> int:

@@ -42,9 +42,11 @@ def evaluate_sae(
     return reconstruction.evaluate(
         sae,
         _held_out(source, settings, "evaluate", progress),
-        hook_in=source.hook_in,
-        hook_out=source.hook_out,
-        reference=source.train.space(source.hook_out).mean.to(sae.device),
+        hook_in=source.hooks_in,
+        hook_out=source.hooks_out,
+        reference=torch.stack([source.train.space(h).mean for h in source.hooks_out]).to(
+            sae.device
+        ),
         tokens=settings.tokens,
         bootstrap=settings.bootstrap,
     )
@@ -55,12 +57,13 @@ def evaluate_with_baseline(
 ) -> dict[str, Any]:
     """Held-out metrics, and `pca`: the same rows through a PCA of rank round(L0).
 
-    `pca` is None where it is switched off, or where the SAE predicts another hook than it reads.
+    `pca` is None where it is switched off, where the SAE predicts another hook than it reads, or
+    several.
     Moves the training stream back to its start: the PCA is fitted on its first rows.
     """
     result = evaluate_sae(sae, source, settings, progress=progress)
     result["pca"] = None
-    if settings.pca_tokens and source.hook_in == source.hook_out:
+    if settings.pca_tokens and source.hooks_out == (source.hook_in,) == source.hooks_in:
         hook, limit = source.hook_in, settings.pca_tokens
         reference = source.train.space(hook).mean.to(sae.device)
         source.train.load_state_dict(source.start)
