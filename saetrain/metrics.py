@@ -50,12 +50,13 @@ class Reconstruction:
         x_BD, y_BD = x_BD.to(torch.float64), y_BD.to(torch.float64)
         off_BD = x_BD - self.m0_D
         err_B, dev_B = (x_BD - y_BD).square().sum(-1), off_BD.square().sum(-1)
-        nx_B, ny_B = x_BD.norm(dim=-1), y_BD.norm(dim=-1)
+        sq_B = x_BD.square().sum(-1)  # not the square of a root: whole numbers stay exact
+        nx_B, ny_B = sq_B.sqrt(), y_BD.norm(dim=-1)
         # A zero vector has no direction: it counts as orthogonal.
         cos_B = (x_BD * y_BD).sum(-1) / (nx_B * ny_B).clamp_min(torch.finfo(torch.float64).tiny)
         self.n += len(x_BD)
         self.dev_D += off_BD.sum(0)
-        parts = (err_B, dev_B, nx_B.square(), cos_B, nx_B, ny_B)
+        parts = (err_B, dev_B, sq_B, cos_B, nx_B, ny_B)
         self.sums += torch.stack([p.sum() for p in parts])
         return err_B, dev_B
 

@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saetrain.codes import Codes
+from saetrain.codes import Codes, SparseCodes
 from saetrain.errors import ConfigError
 from saetrain.metrics import FORMULAS, ContextSums, Firing, Reconstruction
 from saetrain.stacking import stacked
 from saetrain.stream import Batch
 from saetrain.units import encode_counted, first_rows, unit_of
+
+ROUTED = "routed vectors, in standardised units"
 
 
 class Encoder(Protocol):
@@ -78,26 +80,39 @@ def evaluate(
     `reference` (D_out,) is the store's mean of the output hook, (G, D_out) of G of them. The result
     is JSON-able: fve with its standard error, mse, nmse, cos, norm_ratio, l0 with percentiles, l1,
     dead share, density histogram, tokens, contexts and the formulas. Of several output hooks, the
-    first five are means over them, and `hooks` has those of each. ConfigError if there are no rows.
+    first five are means over them, and `hooks` has those of each. An SAE that routes is scored on
+    its routed vectors (`target`, standardised), and `layers` has each layer's share. Codes of
+    several rows per token (mlsae) count as rows of their own. ConfigError if there are no rows.
     """
     ins, outs = _names(hook_in), _names(hook_out)
+    routed: Callable[[Tensor], Tensor] | None = getattr(sae, "target", None)
+    if routed is not None:
+        outs, reference = (ROUTED,), torch.zeros_like(reference[:1])
+    shares: list[Tensor] = []
     stream = _cut(batches, tokens)
     first = next(stream, None)
     if first is None:
         raise ConfigError("the held-out split has no rows; raise held_out_fraction")
-    device = first[1][outs[0]].device
+    device = first[1][ins[0]].device
     scores = [_Score(mean_D.to(device)) for mean_D in reference.reshape(len(outs), -1)]
     firing: Firing | None = None
     for batch, acts, segment_B, ctx_B in chain([first], stream):
         codes = _codes(sae, batch, acts, ins)
         if firing is None:
             firing = Firing(_width(codes), reference.device)
-        firing.update(codes)
-        y = _reconstruct(sae, stacked(acts, ins), codes)
+        firing.update(_apart(codes))
+        x = stacked(acts, ins)
+        if routed is not None:
+            acts = {ROUTED: routed(x)}
+            shares.append(sae.layer_shares(x).double().sum(0))  # type: ignore[attr-defined]
+        y = _reconstruct(sae, x, codes)
         for score, hook, y_BD in zip(scores, outs, y.unbind(-2) if outs[1:] else [y], strict=True):
             score.update(acts[hook], y_BD, segment_B, ctx_B)
     assert firing is not None  # there was a first batch
     result = {**_together(scores, outs, bootstrap, seed), **firing.compute()}
+    if shares:
+        each = (torch.stack(shares).sum(0) / scores[0].recon.n).tolist()
+        result |= {"target": ROUTED, "layers": dict(zip(ins, each, strict=True))}
     contexts = len(scores[0].contexts.table())
     result |= {"tokens": scores[0].recon.n, "contexts": contexts, "split": "held_out"}
     return result | {"special_tokens": "excluded", "formulas": FORMULAS | _means(outs)}
@@ -152,6 +167,14 @@ def _reconstruct(sae: Encoder, x: Tensor, codes: Codes) -> Tensor:
     """With what passes around the latents, where the SAE has such a thing."""
     whole: Callable[[Tensor, Codes], Tensor] | None = getattr(sae, "reconstruct", None)
     return sae.decode(codes) if whole is None else whole(x, codes)
+
+
+def _apart(codes: Codes) -> Codes:
+    """Codes (..., F) as rows (N, F)."""
+    if not isinstance(codes, SparseCodes):
+        return codes.flatten(0, -2)
+    values, indices = codes.values.flatten(0, -2), codes.indices.flatten(0, -2)
+    return SparseCodes(values, indices, codes.n_latents)
 
 
 def _width(codes: Codes) -> int:

@@ -253,15 +253,13 @@ class InferenceRoute(InferenceLayers):
         """r̂ (..., D), in standardised units."""
         return self.rows_of(codes)
 
-    def target(self, x: Tensor, y: Tensor) -> Tensor:
-        """r (..., D) of raw activations x (..., L, D)."""
+    def target(self, x: Tensor) -> Tensor:
+        """r (..., D) of raw activations x (..., L, D): what `decode` is to give."""
         return routed(self.standardise(x), self.gates(x))
 
-    def tallies(self, x: Tensor) -> dict[str, Tensor]:
-        """`layer/HOOK`: each layer's weight in the routing of x, (...,)."""
-        p = self.router(x)
-        share = gates(p, self._description.options["routing"], False)
-        return {f"layer/{h}": share[..., i] for i, h in enumerate(self.hooks_in)}
+    def layer_shares(self, x: Tensor) -> Tensor:
+        """How much of each token each layer gives, (..., L): 0 or 1 for hard routing."""
+        return gates(self.router(x), self._description.options["routing"], False)
 
     def replaced(self, x: Tensor) -> Tensor:
         """x (..., L, D) with the chosen layer of each token replaced by its reconstruction.
