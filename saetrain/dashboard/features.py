@@ -90,7 +90,7 @@ class FeatureTable:
 def collect(
     sae: Encoder,
     snapshot: Readable,
-    hook: str,
+    hook: str | Sequence[str],
     *,
     split: Split = "held_out",
     held_out_fraction: float = 0.05,
@@ -103,16 +103,18 @@ def collect(
 ) -> FeatureTable:
     """Statistics of every latent over `split`, and examples of `features`.
 
-    `features=None` chooses `n_features` of them by density (see `choose`). `max_rows` stops after
-    the context that reaches it; None reads the whole split. Raises HookMissingError, ConfigError if
-    the split has no rows or a feature does not exist, TrainingError on non-finite activations.
+    `hook` are the hooks that the SAE reads. `features=None` chooses `n_features` of them by density
+    (see `choose`). `max_rows` stops after the context that reaches it; None reads the whole split.
+    Raises HookMissingError, ConfigError if the split has no rows or a feature does not exist,
+    TrainingError on non-finite activations.
     """
-    hook = snapshot.resolve_hook(hook)
+    names = [hook] if isinstance(hook, str) else hook
+    hooks = [snapshot.resolve_hook(name) for name in names]
     picked, encode = _Picked(split, held_out_fraction), _on(sae, device)
     state: FeatureState | None = None
     with _bar(snapshot, picked, max_rows, progress) as bar:
         for number, segment, tokens, rows in _chosen(snapshot, picked, max_rows):
-            for part, x_BD in _read(segment, hook, rows):
+            for part, x_BD in _read(segment, hooks, rows):
                 codes = encode(x_BD)
                 state = state or FeatureState(_width(codes), top_contexts)
                 state.update(number, tokens.take(part), codes)
@@ -131,7 +133,7 @@ def collect(
         max_F=state.max_F,
         best=best,
         rule=rule,
-        examples=_examples(encode, snapshot, hook, best, chosen, picked),
+        examples=_examples(encode, snapshot, hooks, best, chosen, picked),
     )
 
 
@@ -202,6 +204,23 @@ def _chosen(
 
 
 def _read(
+    segment: AnySegment, hooks: Sequence[str], rows: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """`_read_one` of several hooks, stacked (B, H, D); their chunks may differ in size."""
+    lead, *others = (_read_one(segment, hook, rows) for hook in hooks)
+    kept = [torch.zeros(0) for _ in others]
+    for part, x_BD in lead:
+        each = [x_BD]
+        for i, other in enumerate(others):
+            while len(kept[i]) < len(part):
+                more = next(other)[1]
+                kept[i] = torch.cat([kept[i], more]) if len(kept[i]) else more
+            each.append(kept[i][: len(part)])
+            kept[i] = kept[i][len(part) :]
+        yield part, torch.stack(each, dim=-2) if others else x_BD
+
+
+def _read_one(
     segment: AnySegment, hook: str, rows: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """(row numbers, activations (B, D) float32) of the given ascending rows, in batches."""
@@ -241,7 +260,7 @@ def _choice(
 def _examples(
     encode: Callable[[Tensor], Codes],
     snapshot: Readable,
-    hook: str,
+    hooks: Sequence[str],
     best: Peaks,
     chosen: list[int],
     picked: _Picked,
@@ -253,7 +272,7 @@ def _examples(
         peaks, segment = wanted.take(wanted.segment == number), snapshot.segments[number]
         tokens = segment.tokens()
         rows = np.flatnonzero(np.isin(tokens.ctx, peaks.ctx))
-        parts = [_columns(encode(x), chosen) for _, x in _read(segment, hook, rows)]
+        parts = [_columns(encode(x), chosen) for _, x in _read(segment, hooks, rows)]
         tokens, acts_NC = tokens.take(rows), np.concatenate(parts)
         for i in range(len(peaks)):
             one = peaks.take(slice(i, i + 1))

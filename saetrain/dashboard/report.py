@@ -242,7 +242,8 @@ def _facts(
     """[label, shown value] of the header; what is not known is left out."""
     sae, versions = config.get("sae", {}), run.get("versions", {})
     hooks = run.get("hooks", {"in": config.get("hook"), "out": config.get("hook")})
-    hook = hooks["in"] if hooks["in"] == hooks["out"] else f"{hooks['in']} → {hooks['out']}"
+    read, made = (h if isinstance(h, str) else ", ".join(h) for h in (hooks["in"], hooks["out"]))
+    hook = read if read == made else f"{read} → {made}"
     latents, width = run.get("n_latents"), run.get("d_in")
     shape = f", {_int(latents)} latents on width {_int(width)}" if latents and width else ""
     named = ("actcache-saetrain", "torch", "python")
@@ -280,7 +281,7 @@ def _tiles(scores: Mapping[str, Any]) -> list[dict[str, str]]:
     found = (
         _tile(
             *("FVE", scores.get("fve"), formula.get("fve", "")),
-            f"{places}.{bootstrap if se is not None else ''}",
+            f"{places}.{bootstrap if se is not None else ''}{_each_fve(scores)}",
             extra=f"± {se:.1g}" if se is not None else "",
         ),
         _tile(
@@ -304,6 +305,13 @@ def _tiles(scores: Mapping[str, Any]) -> list[dict[str, str]]:
         ),
     )
     return [tile for tile in found if tile is not None]
+
+
+def _each_fve(scores: Mapping[str, Any]) -> str:
+    """The FVE of each of several output hooks."""
+    hooks: Mapping[str, Any] = scores.get("hooks", {})
+    each = ", ".join(f"{hook} {_num(one['fve'])}" for hook, one in hooks.items())
+    return f" By output hook: {each}." if each else ""
 
 
 def _tile(
