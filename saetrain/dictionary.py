@@ -14,7 +14,7 @@ Shapes: B tokens, D input width, E output width, F latents, A auxiliary slots.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -100,6 +100,7 @@ class Dictionary(SAE):
     """Encoder, activation, decoder, and what keeps latents alive."""
 
     cfg: DictionaryConfig
+    selections: int = 1  # rows of pre-activations of one token, each with k latents
 
     def __init__(self, cfg: DictionaryConfig, spaces: Mapping[str, HookSpace]) -> None:
         self._check_hooks(cfg, spaces)
@@ -155,6 +156,10 @@ class Dictionary(SAE):
         """(F,) what the rows of a free decoder count as."""
         norms_F: Tensor = self.W_dec.norm(dim=1)
         return norms_F
+
+    def decoders(self) -> Sequence[nn.Parameter]:
+        """Decoders, the rows of each of which have length 1 under decoder_norm=unit."""
+        return [self.W_dec]
 
     def inputs(self, acts: Mapping[str, Tensor]) -> Tensor:
         """What is encoded, (..., D) in standardised units."""
@@ -269,12 +274,14 @@ class Dictionary(SAE):
 
     def _search_norm(self, x_BD: Tensor, y_BE: Tensor) -> None:
         """Set the start length that reconstructs best on x, of `init.NORMS`."""
-        columns, rows = self.W_enc / self.W_enc.norm(dim=0), self.W_dec / self.W_dec[0].norm()
+        columns = self.W_enc / self.W_enc.norm(dim=-2, keepdim=True)
+        rows = [W / W[0].norm() for W in self.decoders()]
         free = self.cfg.decoder_norm == "free"
 
         def error(norm: float) -> float:
             self.W_enc.copy_(columns * norm)
-            self.W_dec.copy_(rows * norm if free else rows)
+            for W, rows_FE in zip(self.decoders(), rows, strict=True):
+                W.copy_(rows_FE * norm if free else rows_FE)
             w = self.weights()
             e_BE = y_BE - self.predict(self.pick(x_BD, w).codes, x_BD, w)
             return float(e_BE.square().sum(-1).mean())
@@ -283,13 +290,13 @@ class Dictionary(SAE):
 
     def before_step(self) -> None:
         """With rows of length 1: take the radial part from the decoder's gradient."""
-        if self.cfg.decoder_norm == "unit":
-            init.remove_parallel_grad(self.W_dec)
+        for W in self.decoders() if self.cfg.decoder_norm == "unit" else ():
+            init.remove_parallel_grad(W)
 
     def after_step(self) -> None:
         """Decoder rows back to length 1, thresholds to 0 or more, schedules onwards."""
-        if self.cfg.decoder_norm == "unit":
-            init.renormalise_rows(self.W_dec)
+        for W in self.decoders() if self.cfg.decoder_norm == "unit" else ():
+            init.renormalise_rows(W)
         self.activation.project()
         if self.penalty is not None:
             self.penalty.settle()
@@ -327,6 +334,7 @@ class Dictionary(SAE):
         calibrator = self.activation.calibrator()
         if calibrator is None:
             return
+        calibrator.wanted *= self.selections
         w = self.weights()
         for acts in batches:
             if not calibrator.update(self.pre_activations(self.inputs(acts), w)):
