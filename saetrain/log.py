@@ -171,6 +171,7 @@ def open_wandb(
         mode="offline" if settings.mode == "offline" else None,  # None: WANDB_MODE, or online
         id=_wandb_id(run_dir / "wandb_id"),
         resume="allow",
+        reinit="create_new",  # a sweep has several at once
     )
     return run
 

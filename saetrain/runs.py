@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,7 +32,7 @@ from saetrain.saes import make_config, sae_class
 from saetrain.saes.base import HookSpace
 from saetrain.settings import TrainSettings
 from saetrain.several import Readable, activation_ids, at, open_several, parts, stream_over
-from saetrain.stream import Batch, Stream
+from saetrain.stream import Batch, Split, Stream
 from saetrain.units import unit_of
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
@@ -65,6 +65,8 @@ class Source:
     start: dict[str, Any]  # state of `train` before its first batch
     snapshot: Readable | None  # None: the batches do not come from a store
     live: dict[str, Any] | None = None  # ids of what is captured, of a live source
+    # What runs on the same rows need not compute again, such as the PCA beside them; by its inputs.
+    memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
     def hook_in(self) -> str:
@@ -152,21 +154,8 @@ def open_source(settings: TrainSettings, snapshot: Readable, device: torch.devic
     hooks_in, hooks_out = make_config(settings.sae, settings.saes_path).hooks(settings.hook)
     hooks = tuple(dict.fromkeys((*hooks_in, *hooks_out)))
 
-    def make(split: Any) -> BatchStream:
-        stream = stream_over(
-            snapshot,
-            hooks,
-            unit=sae_class(settings.sae, settings.saes_path).unit,
-            batch_tokens=settings.batch_tokens,
-            seed=settings.seed,
-            split=split,
-            held_out_fraction=settings.held_out_fraction,
-            device=device,
-            **stream_options(settings, snapshot),
-        )
-        return cast(BatchStream, stream)
-
-    train, held_out = make("train"), make("held_out")
+    train = open_stream(settings, snapshot, hooks, "train", device)
+    held_out = open_stream(settings, snapshot, hooks, "held_out", device)
     if held_out.n_rows == 0:  # found out now rather than after training
         raise ConfigError(
             f"held_out_fraction={settings.held_out_fraction}: none of the store's documents is "
@@ -180,6 +169,28 @@ def open_source(settings: TrainSettings, snapshot: Readable, device: torch.devic
         start=train.state_dict(),
         snapshot=snapshot,
     )
+
+
+def open_stream(
+    settings: TrainSettings,
+    snapshot: Readable,
+    hooks: tuple[str, ...],
+    split: Split,
+    device: torch.device,
+) -> BatchStream:
+    """The stream of a run over `snapshot`, of these stored hooks."""
+    stream = stream_over(
+        snapshot,
+        hooks,
+        unit=sae_class(settings.sae, settings.saes_path).unit,
+        batch_tokens=settings.batch_tokens,
+        seed=settings.seed,
+        split=split,
+        held_out_fraction=settings.held_out_fraction,
+        device=device,
+        **stream_options(settings, snapshot),
+    )
+    return cast(BatchStream, stream)
 
 
 def stream_options(settings: TrainSettings, snapshot: Readable) -> dict[str, Any]:

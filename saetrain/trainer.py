@@ -61,7 +61,7 @@ def train(
     """
     device = runs.resolve_device(settings.device)
     settings, source = runs.sources(settings, stream, held_out, device)
-    with _own_generator(settings.seed, device):
+    with own_generator(settings.seed, device):
         result = _train(settings, source, device)
     print(result.table())
     return result
@@ -71,11 +71,7 @@ def _train(settings: TrainSettings, source: Source, device: torch.device) -> Tra
     run_dir, record = settings.run_dir, runs.describe(settings, source)
     known = runs.earlier(run_dir, record, fresh=settings.fresh)
     if known.get("status") == "finished":
-        say(f"{run_dir} is finished; fresh=true trains it again")
-        metrics = runs.read_json(run_dir / evals.EVAL)
-        if settings.report and not (run_dir / "report.html").exists():
-            evals.report(run_dir, source.snapshot, progress=settings.progress)
-        return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=0)
+        return finished(settings, source)
     trainer = Trainer(settings, source, device)  # bad settings fail before any file is written
     record |= trainer.facts
     with runs.claimed(run_dir, fresh=settings.fresh):
@@ -93,6 +89,16 @@ def _train(settings: TrainSettings, source: Source, device: torch.device) -> Tra
     return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=trainer.step - started)
 
 
+def finished(settings: TrainSettings, source: Source) -> TrainResult:
+    """What a run that an earlier call finished came to; its report is written if it is missing."""
+    run_dir = settings.run_dir
+    say(f"{run_dir} is finished; fresh=true trains it again")
+    if settings.report and not (run_dir / "report.html").exists():
+        evals.report(run_dir, source.snapshot, progress=settings.progress)
+    metrics = runs.read_json(run_dir / evals.EVAL)
+    return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=0)
+
+
 class Trainer:
     """One SAE, its optimizer and its place in the stream."""
 
@@ -105,6 +111,7 @@ class Trainer:
         self.seconds = 0.0  # of training, over all starts
         self.window = Window()
         self._waited, self._row_time = 0.0, 0.0  # since the last row
+        self._began = 0.0  # when training began, had it never stopped
         self.told = Told(source.train, say)
         self.facts = {
             "n_steps": self.n_steps,
@@ -115,24 +122,36 @@ class Trainer:
 
     def fit(self, logger: Logger) -> None:
         """Train to the last step, logging, evaluating and writing checkpoints on the way."""
-        if self.step < self.n_steps:
-            self.told.begin()
+        self.begin()
         batches = iter(self.source.train)
-        start, before, self._waited = time.perf_counter(), self.seconds, 0.0
-        self._row_time = start
         with stop_flag() as stop:
             while self.step < self.n_steps:
-                self._train_step(self._next(batches))
-                self.seconds = before + time.perf_counter() - start
-                logger.advance()
-                self._after_step(logger)
+                self.take(self._next(batches), logger)
                 if stop.is_set():
                     raise self._interrupt()
         logger.training_done()
         self.told.end()
 
-    def logger(self) -> Logger:
-        """The outputs of this run from the present step on."""
+    def begin(self) -> None:
+        """Start the clocks; call before the first `take` of this process."""
+        if self.step < self.n_steps:
+            self.told.begin()
+        self._waited, self._row_time = 0.0, time.perf_counter()
+        self._began = self._row_time - self.seconds
+
+    def take(self, batch: Batch, logger: Logger) -> None:
+        """One step on `batch`, and whatever is due after it. TrainingError if it diverged."""
+        self._train_step(batch)
+        self.seconds = time.perf_counter() - self._began
+        logger.advance()
+        self._after_step(logger)
+
+    def waited(self, seconds: float) -> None:
+        """Count `seconds` as waiting for data, in the next row of metrics."""
+        self._waited += seconds
+
+    def logger(self, *, bar: bool = True) -> Logger:
+        """The outputs of this run from the present step on; `bar` as far as settings want one."""
         cfg = self.settings
         return Logger(
             cfg.run_dir,
@@ -141,13 +160,13 @@ class Trainer:
             start_step=self.step,
             n_steps=self.n_steps,
             batch_tokens=cfg.batch_tokens,
-            progress=cfg.progress,
+            progress=cfg.progress and bar,
         )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         asked = time.perf_counter()
         batch = next(batches)
-        self._waited += time.perf_counter() - asked
+        self.waited(time.perf_counter() - asked)
         if batch.n_tokens != self.settings.batch_tokens:
             raise ConfigError(
                 f"the stream gives batches of {batch.n_tokens} tokens, the settings say "
@@ -310,7 +329,7 @@ def _n_steps(settings: TrainSettings, stream: BatchStream) -> int:
 
 
 @contextmanager
-def _own_generator(seed: int, device: torch.device) -> Iterator[None]:
+def own_generator(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch for this run and give the caller's generators back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ eigenvectors. Bias: fitted on a capped number of rows, so for D near that number
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class PCA:
     mean_D: Tensor  # float64
     basis_DR: Tensor  # float64, orthonormal columns, leading first
     n: int  # rows it was fitted on
+
+    def of_rank(self, rank: int) -> PCA:
+        """The subspace of the leading `rank` directions, of all there are at most."""
+        return replace(self, basis_DR=self.basis_DR[:, : max(0, rank)].contiguous())
 
     def reconstruct(self, x_BD: Tensor) -> Tensor:
         """Projection of x onto the subspace, (B, D) float64."""

@@ -64,17 +64,29 @@ def evaluate_with_baseline(
     result = evaluate_sae(sae, source, settings, progress=progress)
     result["pca"] = None
     if settings.pca_tokens and source.hooks_out == (source.hook_in,) == source.hooks_in:
-        hook, limit = source.hook_in, settings.pca_tokens
-        reference = source.train.space(hook).mean.to(sae.device)
+        rank = round(result["l0"])
+        key = ("pca", source.hook_in, settings.pca_tokens, settings.tokens, rank)
+        if key not in source.memo:
+            source.memo[key] = _baseline(source, settings, rank, sae.device, progress)
+        result["pca"] = dict(source.memo[key])
+    return result
+
+
+def _baseline(
+    source: Source, settings: EvalSettings, rank: int, device: torch.device, progress: bool
+) -> dict[str, Any]:
+    """Scores of the PCA of `rank`; directions are fitted once for all ranks."""
+    hook, limit = source.hook_in, settings.pca_tokens
+    if (key := ("directions", hook, limit)) not in source.memo:
+        reference = source.train.space(hook).mean.to(device)
         source.train.load_state_dict(source.start)
         known, steps = source.train.n_rows, source.train.batches_per_epoch
         first = takewhile(lambda batch: batch.epoch == 0, source.train)
         epoch = first if steps is None else islice(source.train, steps)
         rows = watched(epoch, "fit PCA", limit if known is None else min(limit, known), progress)
-        fitted = pca.fit(rows, hook, round(result["l0"]), limit, reference)
-        held_out = _held_out(source, settings, "evaluate PCA", progress)
-        result["pca"] = pca.evaluate(fitted, held_out, hook, settings.tokens)
-    return result
+        source.memo[key] = pca.fit(rows, hook, len(reference), limit, reference)
+    held_out = _held_out(source, settings, "evaluate PCA", progress)
+    return pca.evaluate(source.memo[key].of_rank(rank), held_out, hook, settings.tokens)
 
 
 def _held_out(source: Source, settings: EvalSettings, what: str, progress: bool) -> Iterator[Batch]:

@@ -46,6 +46,12 @@ class Told:
             if (wanted := advice(self._mixing, self._stream)) is not None:
                 self._say(f"warning: {wanted}")
 
+    def begin_like(self, other: Told) -> None:
+        """As `begin`, with what `other` measured of the same stream."""
+        self._started, self._mixing = time.perf_counter(), other._mixing
+        if (traffic := self._traffic) is not None:
+            self._bytes = traffic.bytes
+
     def mixing(self) -> dict[str, float]:
         """For the first row of metrics: the same numbers whenever a run is continued."""
         found = self._mixing
