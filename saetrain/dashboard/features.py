@@ -25,13 +25,18 @@ from tqdm import tqdm
 from actcache.store import FLAG_SPECIAL, TokenTable
 from actcache.store.split import held_out
 from saetrain.codes import Codes, SparseCodes
+from saetrain.dashboard.contexts import Contexts
 from saetrain.dashboard.state import FeatureState, Peaks
 from saetrain.errors import ConfigError
 from saetrain.several import Readable
 from saetrain.stream import Split
 from saetrain.stream.aligned import AnySegment
+from saetrain.units import unit_of
 
 _BATCH_ROWS = 1024
+Encode = Callable[
+    [AnySegment, TokenTable, NDArray[np.int64]], Iterator[tuple[NDArray[np.int64], Codes]]
+]
 
 
 class Encoder(Protocol):
@@ -110,12 +115,12 @@ def collect(
     """
     names = [hook] if isinstance(hook, str) else hook
     hooks = [snapshot.resolve_hook(name) for name in names]
-    picked, encode = _Picked(split, held_out_fraction), _on(sae, device)
+    picked = _Picked(split, held_out_fraction)
+    encode = _encoder(sae, snapshot, hooks, picked, device)
     state: FeatureState | None = None
     with _bar(snapshot, picked, max_rows, progress) as bar:
         for number, segment, tokens, rows in _chosen(snapshot, picked, max_rows):
-            for part, x_BD in _read(segment, hooks, rows):
-                codes = encode(x_BD)
+            for part, codes in encode(segment, tokens, rows):
                 state = state or FeatureState(_width(codes), top_contexts)
                 state.update(number, tokens.take(part), codes)
                 bar.update(len(part))
@@ -133,7 +138,7 @@ def collect(
         max_F=state.max_F,
         best=best,
         rule=rule,
-        examples=_examples(encode, snapshot, hooks, best, chosen, picked),
+        examples=_examples(encode, snapshot, best, chosen, picked),
     )
 
 
@@ -180,6 +185,12 @@ class _Picked:
         if self.split != "all":
             keep &= held_out(tokens.doc, self.held_out_fraction) == (self.split == "held_out")
         return keep
+
+    def visible(self, tokens: TokenTable) -> NDArray[np.bool_]:
+        """Rows that a model may attend to, whether they count or not."""
+        if self.split != "train":
+            return np.ones(len(tokens.doc), dtype=np.bool_)
+        return ~held_out(tokens.doc, self.held_out_fraction)
 
 
 def _chosen(
@@ -258,9 +269,8 @@ def _choice(
 
 
 def _examples(
-    encode: Callable[[Tensor], Codes],
+    encode: Encode,
     snapshot: Readable,
-    hooks: Sequence[str],
     best: Peaks,
     chosen: list[int],
     picked: _Picked,
@@ -272,8 +282,10 @@ def _examples(
         peaks, segment = wanted.take(wanted.segment == number), snapshot.segments[number]
         tokens = segment.tokens()
         rows = np.flatnonzero(np.isin(tokens.ctx, peaks.ctx))
-        parts = [_columns(encode(x), chosen) for _, x in _read(segment, hooks, rows)]
-        tokens, acts_NC = tokens.take(rows), np.concatenate(parts)
+        acts_NC = np.zeros((len(rows), len(chosen)), dtype=np.float32)
+        for part, codes in encode(segment, tokens, rows):
+            acts_NC[np.searchsorted(rows, part)] = _columns(codes, chosen)
+        tokens = tokens.take(rows)
         for i in range(len(peaks)):
             one = peaks.take(slice(i, i + 1))
             feature, ctx = int(one.feature[0]), int(one.ctx[0])
@@ -304,8 +316,28 @@ def _example(
     )
 
 
-def _on(sae: Encoder, device: str | torch.device) -> Callable[[Tensor], Codes]:
-    return lambda x_BD: sae.encode(x_BD.to(device))
+def _encoder(
+    sae: Encoder,
+    snapshot: Readable,
+    hooks: Sequence[str],
+    picked: _Picked,
+    device: str | torch.device,
+) -> Encode:
+    """(row numbers, codes) of ascending rows of a segment, for an SAE of either unit."""
+
+    def of_rows(
+        segment: AnySegment, tokens: TokenTable, rows: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], Codes]]:
+        return ((part, sae.encode(x.to(device))) for part, x in _read(segment, hooks, rows))
+
+    if unit_of(sae) == "token":
+        return of_rows
+    packing = snapshot.store.identity.token_stream.get("packing", {})
+    apart = not packing.get("attend_across_documents", True)
+    contexts = Contexts(sae, picked.visible, apart, device)
+    return lambda segment, tokens, rows: contexts.encoded(
+        lambda members: _read(segment, hooks, members), tokens, rows
+    )
 
 
 def _bar(snapshot: Readable, picked: _Picked, max_rows: int | None, shown: bool) -> Any:
