@@ -19,6 +19,8 @@ from typing import Any, Literal
 from actcache.store.errors import SettingsError
 from actcache.store.records import build
 from saetrain.errors import ConfigError
+from saetrain.optim_settings import OptimSettings as OptimSettings
+from saetrain.optim_settings import ScheduleSettings as ScheduleSettings
 from saetrain.presets import label
 
 # Where a run is kept, watched and paid for; none of it reaches the weights or the numbers.
@@ -39,47 +41,6 @@ NOT_RESULT = (
 NOT_RESULT_STREAM = ("threads", "cache_dir", "cache_gb")  # of `stream`: how fast, not which rows
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimSettings:
-    """Adam (arXiv 1412.6980). `lr=None` is 2e-4 / sqrt(F / 2^14), Gao et al. (2406.04093)."""
-
-    name: Literal["adam"] = "adam"
-    lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0  # of the whole gradient; None: no clipping
-    lr_factors: dict[str, float] = field(default_factory=dict)  # parameter name or glob -> factor
-
-    def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ConfigError(f"optim.betas: expected two numbers in [0, 1), got {self.betas}")
-        for name in ("lr", "eps", "clip_norm"):
-            _positive(f"optim.{name}", getattr(self, name))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSettings:
-    """Linear warm-up from 0 and linear decay to 0; 5 % and 20 % of the steps by default."""
-
-    name: Literal["linear"] = "linear"
-    warmup_fraction: float | None = None  # of all steps
-    warmup_steps: int | None = None  # instead of the fraction
-    decay_fraction: float = 0.2  # of all steps, at the end
-
-    def __post_init__(self) -> None:
-        if self.warmup_fraction is not None and self.warmup_steps is not None:
-            raise ConfigError(
-                "schedule: give warmup_fraction or warmup_steps, not both, got "
-                f"warmup_fraction={self.warmup_fraction} and warmup_steps={self.warmup_steps}"
-            )
-        for name in ("warmup_fraction", "decay_fraction"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"schedule.{name}: expected 0 to 1, got {value}")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError(f"schedule.warmup_steps: expected 0 or more, got {self.warmup_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
