@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from saetrain.activations import Form
 from saetrain.artefact import ArtefactError, Description, Inference, register_kind
@@ -89,7 +90,7 @@ class InferenceClt(Inference):
         """Latents (..., L·F) of raw activations x (..., L, D), in the weights' dtype."""
         layers = []
         for i, x_i in enumerate(x.to(self.layer("W_enc", 0).dtype).unbind(-2)):
-            h = x_i @ self.layer("W_enc", i).T + self.layer("b_enc", i)
+            h = linear(x_i, self.layer("W_enc", i), self.layer("b_enc", i))
             theta = self.layer("threshold", i) if self.activation == "jumprelu" else None
             layers.append(Form(activation=self.activation, k=self.k, threshold=theta)(h))
         sparse = [codes for codes in layers if isinstance(codes, SparseCodes)]

@@ -11,6 +11,7 @@ import torch
 from saes_reference import planted, space_of
 from torch import Tensor
 
+from saetrain.artefact import Inference
 from saetrain.codes import Codes, l0
 from saetrain.saes import make_sae
 from saetrain.saes.base import SAE, Progress
@@ -20,6 +21,7 @@ D, FEATURES, ACTIVE = 16, 24, 2
 X, TRUE = planted(4096, D, FEATURES, ACTIVE, seed=7)  # not the seed of weights: equal draws
 SPACES = {HOOK: space_of(X, HOOK)}
 UNITS = list(itertools.product(["none", "mean"], ["none", "sqrt_d", "unit"]))
+ALL = slice(None)
 END = Progress(step=1000, n_steps=1000, tokens=100_000)
 
 Law = Callable[[Codes, Tensor], None]  # (codes, pre-activations)
@@ -62,7 +64,7 @@ def above(threshold: float) -> Law:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One architecture or preset. Rows with other hooks give `spaces`, `acts` and `inputs`."""
+    """One architecture or preset. Rows with other hooks give `acts`."""
 
     name: str  # of the preset or architecture
     values: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class Row:
     recovery_values: dict[str, Any] = field(default_factory=dict)  # for that training
     lr: float = 5e-3
     more: str = ""  # tells rows of one name apart
+    acts: Mapping[str, Tensor] = field(default_factory=lambda: {HOOK: X})  # hook -> rows
 
     def config(self, **more: Any) -> dict[str, Any]:
         base = {"name": self.name, "n_latents": 48, "dead_after_tokens": 10**7}
@@ -80,20 +83,54 @@ class Row:
 
     def make(self, seed: int = 0, **more: Any) -> SAE:
         torch.manual_seed(seed)
-        return make_sae(self.config(**more), SPACES)
+        return make_sae(self.config(**more), {h: space_of(x, h) for h, x in self.acts.items()})
+
+    half_error: float = 0.03  # of bfloat16 inference, relative
+    passes_by: bool = False  # something reaches the output past the latents
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (D,)
+
+    def norms(self, W_dec: Tensor, policy: str) -> Tensor:
+        """What effective decoder rows have 1 of."""
+        return W_dec.norm(dim=1)
+
+    def batch(self, rows: slice = ALL) -> dict[str, Tensor]:
+        """Rows of every hook."""
+        return {hook: x[rows] for hook, x in self.acts.items()}
+
+    def inputs(self, sae: SAE | Inference, rows: slice = ALL) -> Tensor:
+        """What `encode` takes: rows of one hook, or of several stacked."""
+        each = [self.acts[hook][rows] for hook in sae.hooks_in]
+        return each[0] if len(each) == 1 else torch.stack(each, dim=1)
+
+    def terms(self, sae: SAE, w: dict[str, Tensor], rows: slice, kind: str) -> dict[str, Tensor]:
+        """The reference's loss terms."""
+        x = (self.acts[HOOK][rows].double() - sae.in_center) * sae.in_scale
+        return self.reference(w, x, sae.dead, kind, sae.in_variance.item())
 
 
-def train(sae: SAE, steps: int, x: Tensor = X, lr: float = 5e-3, batch: int = 256) -> list[float]:
+def train(
+    sae: SAE,
+    steps: int,
+    x: Tensor | Mapping[str, Tensor] = X,
+    lr: float = 5e-3,
+    batch: int = 256,
+) -> list[float]:
     """The trainer's order of calls; the reconstruction loss of each step."""
+    acts = {HOOK: x} if isinstance(x, Tensor) else x
+    n_rows = len(next(iter(acts.values())))
     optim = torch.optim.Adam(sae.parameters(), lr)
     gen, seen = torch.Generator().manual_seed(1), []
     for step in range(steps):
         optim.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
-        rows_B = torch.randint(0, len(x), (batch,), generator=gen)
+        rows_B = torch.randint(0, n_rows, (batch,), generator=gen)
+        seen_now = {hook: rows[rows_B] for hook, rows in acts.items()}
         progress = Progress(step=step, n_steps=steps, tokens=(step + 1) * batch)
         if step == 0:
-            sae.init_from_data({HOOK: x[rows_B]})
-        losses = sae.losses({HOOK: x[rows_B]}, progress)
+            sae.init_from_data(seen_now)
+        losses = sae.losses(seen_now, progress)
         optim.zero_grad()
         losses.total.backward()
         sae.before_step()

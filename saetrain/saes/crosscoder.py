@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from saetrain.artefact import ArtefactError, Description, Inference, register_kind
 from saetrain.codes import Codes, decode_codes
@@ -164,7 +165,7 @@ class InferenceCrosscoder(Inference):
     def encode(self, x: Tensor) -> Codes:
         """Latents of raw activations x (..., H, D), in the weights' dtype."""
         x = joined(x.to(self.W_enc.dtype), len(self.hooks_in))
-        return self.form()(x @ self.W_enc.flatten(0, 1) + self.b_enc)
+        return self.form()(linear(x, self.W_enc.flatten(0, 1).T, self.b_enc))
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction (..., G, E) in raw units, (..., E) of one hook, in the weights' dtype."""
