@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
-import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from actcache.store import plugins
 from actcache.store.errors import SettingsError
 from actcache.store.records import build as build_record
 from actcache.store.records import did_you_mean
@@ -27,19 +25,13 @@ ENTRY_POINTS = "saetrain.saes"
 def load_all(saes_path: Iterable[str | Path] = ()) -> Mapping[str, type[SAE]]:
     """Import all architectures: built in, from installed packages, and from `saes_path`.
 
-    Each item of `saes_path` is a .py file or a folder of them; a missing one is a ConfigError.
+    Each item of `saes_path` is a .py file, a package or a folder of files: see
+    `actcache.store.plugins`. ConfigError if one is missing or breaks the contract of `register`.
     """
     for module in pkgutil.iter_modules(__path__):
         if module.name not in ("base", "__main__"):
             importlib.import_module(f"{__name__}.{module.name}")
-    for point in entry_points(group=ENTRY_POINTS):
-        point.load()
-    for item in saes_path:
-        path = Path(item).expanduser()
-        if not path.exists():
-            raise ConfigError(f"saes_path: {path} does not exist")
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            _import_file(file)
+    plugins.load(ENTRY_POINTS, saes_path, "saes_path", ConfigError)
     return registry()
 
 
@@ -84,20 +76,3 @@ def _resolve(
         return cls, build_record(cls.Config, presets.expand(values, cls.Config), "sae")
     except SettingsError as e:
         raise ConfigError(f"{e} (sae.name={name})") from None
-
-
-def _import_file(path: Path) -> None:
-    name = f"saetrain_user_saes.{path.stem}"
-    known = sys.modules.get(name)
-    if known is not None and Path(str(known.__file__)).resolve() == path.resolve():
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"saes_path: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]  # a file that failed must fail again, not be taken for loaded
-        raise

@@ -242,7 +242,8 @@ S = TypeVar("S", bound=type[SAE])
 def register(name: str, config: type[SAEConfig]) -> Callable[[S], S]:
     """Class decorator: make an architecture known as `sae.name=NAME`.
 
-    Raises ConfigError if the name is taken by another class or is not lower_snake_case.
+    Raises ConfigError if the name is taken by another class or is not lower_snake_case, and if the
+    class or its config lack what the contract asks for.
     """
 
     def add(cls: S) -> S:
@@ -256,11 +257,29 @@ def register(name: str, config: type[SAEConfig]) -> Callable[[S], S]:
             raise ConfigError(f"SAE name {name!r} is taken by {old.__module__}.{old.__qualname__}")
         if name in presets.names() and presets.preset(name)["name"] != name:
             raise ConfigError(f"SAE name {name!r} is taken by the preset conf/sae/{name}.yaml")
+        _check_contract(name, cls, config)
         cls.name, cls.Config = name, config
         _REGISTRY[name] = cls
         return cls
 
     return add
+
+
+def _check_contract(name: str, cls: type, config: type) -> None:
+    """ConfigError for what would only fail later, or train something else than was written."""
+    where = f"SAE {name!r}: {cls.__module__}.{cls.__qualname__}"
+    if not (isinstance(cls, type) and issubclass(cls, SAE)):
+        raise ConfigError(f"{where} is not a subclass of saetrain.saes.base.SAE")
+    if missing := sorted(cls.__abstractmethods__):
+        raise ConfigError(f"{where} does not define {', '.join(missing)}")
+    params = getattr(config, "__dataclass_params__", None)
+    own = params is not None and "__dataclass_fields__" in vars(config)
+    if not (own and issubclass(config, SAEConfig) and params.frozen):  # type: ignore[union-attr]
+        raise ConfigError(
+            f"{where}: its config {getattr(config, '__qualname__', config)} is not a frozen "
+            "dataclass over saetrain.saes.base.SAEConfig. Write "
+            "@dataclass(frozen=True, kw_only=True) above it"
+        )
 
 
 def registry() -> Mapping[str, type[SAE]]:
