@@ -18,7 +18,8 @@ from saetrain.log import say
 from saetrain.runs import Source
 from saetrain.saes import make_config
 from saetrain.settings import TrainSettings
-from saetrain.stream.live import Calibration, Capture, LiveStream
+from saetrain.stream.capture import Calibration, Capture
+from saetrain.stream.live import LiveStream
 
 
 def open_live(settings: TrainSettings, device: torch.device) -> tuple[TrainSettings, Source]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import islice
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -111,6 +112,22 @@ def test_the_size_is_kept_and_what_was_used_last_stays(small, web, asked, tmp_pa
     snapshot.segments[-1].acts(hook).read()
     assert data(asked) == []
     assert equal(batches(store), batches(small))
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "TOUCH", 0.0)
+    cache = LocalCache(tmp_path / "c", 10 * 12_288 + 8192)  # a block of 4 KB is counted as 12
+    payload = np.arange(4092, dtype=np.uint8)
+    crc = int(google_crc32c.value(payload)).to_bytes(4, "little")
+    block = np.concatenate([payload, np.frombuffer(crc, np.uint8)])
+    names = [f"sha256:{i:064x}" for i in range(60)]
+    for i, name in enumerate(names):
+        cache.write(name, 0, block)
+        os.utime(cache._path(name), (i, i))
+        assert cache.read(names[0], 0, np.empty_like(block))  # always in use
+    there = [i for i, name in enumerate(names) if cache._path(name).exists()]
+    assert cache.traffic.evicted == 60 - len(there) > 0
+    assert there == [0, *range(60 - len(there) + 1, 60)]
 
 
 def test_an_object_larger_than_the_cache_goes_through(small, web, tmp_path):

@@ -25,7 +25,8 @@ from saetrain.evals.run import evaluate_run
 from saetrain.log import METRICS, read_metrics
 from saetrain.settings import TrainSettings
 from saetrain.stream import Stream
-from saetrain.stream.live import Calibration, LiveStream
+from saetrain.stream.capture import Calibration
+from saetrain.stream.live import LiveStream
 
 HOOKS = ("resid.1", "mlp.0")
 ALL = 10**9
@@ -46,6 +47,15 @@ def live(tiny_host, tiny_parquet):
         }
 
     return make
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Contexts that went through the host, call by call."""
+    found, build = [], SegmentBuilder.build
+    spy = lambda self, c, a: found.append(len(c)) or build(self, c, a)  # noqa: E731
+    monkeypatch.setattr(SegmentBuilder, "build", spy)
+    return found
 
 
 @pytest.fixture
@@ -71,9 +81,14 @@ def settings(live, runs_dir, **changes) -> TrainSettings:
     return TrainSettings.from_mapping(values | changes)
 
 
+def capture_of(values):
+    return open_live(
+        {k: v for k, v in values.items() if k != "calibration_tokens"}, HOOKS, lambda _: None
+    )
+
+
 def stream(values, **kw) -> LiveStream:
-    values = {k: v for k, v in values.items() if k != "calibration_tokens"}
-    capture = open_live(values, HOOKS, lambda _: None)
+    capture = capture_of(values)
     calibration = Calibration(capture, ALL, special=False, keep_bytes=0)
     defaults = {"batch_tokens": 48, "window_rows": 200, "held_out_fraction": 0.2}
     return LiveStream(capture, HOOKS, calibration, **(defaults | kw))
@@ -137,19 +152,14 @@ def test_a_budget_ends_the_data_where_it_ends_the_store(asked, live):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 9, 24, 40])
-def test_resume_anywhere_gives_the_same_batches_and_captures_one_window_again(
-    live, stop, monkeypatch
-):
+def test_resume_anywhere_gives_the_same_batches_and_captures_one_window_again(live, stop, built):
     whole = list(islice(stream(live()), 50))
     part = stream(live())
     for _ in islice(part, stop):
         pass
     state = json.loads(json.dumps(part.state_dict()))
-    resumed, built = stream(live()), []
-    build = SegmentBuilder.build
-    monkeypatch.setattr(
-        SegmentBuilder, "build", lambda self, c, a: built.append(len(c)) or build(self, c, a)
-    )
+    resumed = stream(live())
+    built.clear()
     resumed.load_state_dict(state)
     batches = iter(resumed)
     assert equal(next(batches), whole[stop])
@@ -161,6 +171,19 @@ def test_resume_anywhere_gives_the_same_batches_and_captures_one_window_again(
         assert equal(batch, expected)
 
 
+def test_a_budget_counts_from_the_start_when_resumed(asked, live):
+    truth = over_store(run(asked(tokens=700)).store)
+    n = truth.batches_per_epoch
+    expected = list(islice(truth, n + 2))
+    part = stream(live(tokens=700))
+    for _ in islice(part, n - 2):
+        pass
+    resumed = stream(live(tokens=700))
+    resumed.load_state_dict(part.state_dict())
+    assert all(equal(x, y) for x, y in zip(resumed, expected[n - 2 :], strict=False))
+    assert resumed.n_rows == truth.n_rows
+
+
 def test_another_stream_is_not_resumed(live):
     state = stream(live()).state_dict()
     with pytest.raises(ConfigError, match=r"cannot resume the live stream.*seed: 0 then, 1 now"):
@@ -169,12 +192,7 @@ def test_another_stream_is_not_resumed(live):
         stream(live(context=64)).load_state_dict(state)
 
 
-def test_held_out_rows_cost_only_the_passes_they_are_in(live, monkeypatch):
-    built = []
-    build = SegmentBuilder.build
-    monkeypatch.setattr(
-        SegmentBuilder, "build", lambda self, c, a: built.append(len(c)) or build(self, c, a)
-    )
+def test_held_out_rows_cost_only_the_passes_they_are_in(live, built):
     rows = sum(len(b) for b in stream(live(), split="held_out").one_pass())
     few, built[:] = sum(built), []
     assert rows > 0
@@ -182,15 +200,18 @@ def test_held_out_rows_cost_only_the_passes_they_are_in(live, monkeypatch):
     assert 0 < few < 0.8 * sum(built)
 
 
-def test_calibration_rows_that_fit_are_not_captured_again(store, live, monkeypatch):
-    built = []
-    build = SegmentBuilder.build
-    monkeypatch.setattr(
-        SegmentBuilder, "build", lambda self, c, a: built.append(len(c)) or build(self, c, a)
-    )
-    values = {k: v for k, v in live().items() if k != "calibration_tokens"}
+def test_what_one_walk_leaves_out_the_next_one_has(live):
+    capture = capture_of(live())
+    whole = [len(s.row) for s in capture.segments()]
+    for keep in (0, 1 << 30):
+        none = capture.segments(wanted=lambda flags, doc: flags > 255, keep_bytes=keep)
+        assert sum(len(s.row) for s in none) == 0
+        assert [len(s.row) for s in capture.segments()] == whole
+
+
+def test_calibration_rows_that_fit_are_not_captured_again(store, live, built):
     for keep, passes in ((1 << 30, 1), (0, 2)):
-        capture = open_live(values, HOOKS, lambda _: None)
+        capture = capture_of(live())
         calibration = Calibration(capture, ALL, special=False, keep_bytes=keep)
         s = LiveStream(capture, HOOKS, calibration, batch_tokens=48, split="all")
         built.clear()
@@ -204,8 +225,11 @@ def test_calibration_rows_that_fit_are_not_captured_again(store, live, monkeypat
 # -- training --------------------------------------------------------------------------------------
 
 
-def test_identical_batches_give_identical_weights(store, live, tmp_path, capsys):
+def test_identical_batches_give_identical_weights(store, live, tmp_path, capsys, monkeypatch):
     """Cache or recompute is one line: source=live, source=store."""
+    load = Host.load
+    # A host may draw random numbers while it is loaded.
+    monkeypatch.setattr(Host, "load", lambda self, points: (torch.rand(3), load(self, points))[1])
     line = {"store": str(store.path)}
     cached = train(settings(live(), tmp_path / "a", source="store", **line))
     captured = train(settings(live(), tmp_path / "b", source="live", **line))
@@ -235,7 +259,8 @@ def test_a_stopped_run_continues_bit_for_bit(live, tmp_path):
 
 
 def test_a_finished_run_is_evaluated_again_on_the_same_host_only(live, tmp_path):
-    done = train(settings(live(), tmp_path, source="live"))
+    done = train(settings(live(), tmp_path, source="live", report=True))
+    assert (done.run_dir / "report.html").is_file()  # without the contexts that a store has
     again = evaluate_run(done.run_dir)
     assert again["fve"] == done.metrics["fve"]
     config = json.loads((done.run_dir / "config.json").read_text())
@@ -298,6 +323,12 @@ def test_the_command_takes_presets_and_one_line(live, tmp_path, tiny_host, tiny_
         ({}, {"layout": "big"}, SettingsError, "live.layout=big: .*one of default, small"),
         ({}, {"layout": {"dtype": "int8"}}, SettingsError, "layout.dtype=int8: its calibration"),
         ({}, {"data": {"fils": 1}}, SettingsError, "unknown key 'live.data.fils'.*Did you mean"),
+        (
+            {},
+            {"host": {"model": "x", "sharding": "zero3"}},
+            SettingsError,
+            r"host\.sharding=zero3: a live source has the whole",
+        ),
         ({"hook": "resid"}, {}, HookError, "expected one place for each, such as resid.2"),
         (
             {"batch_tokens": 5000, "tokens": 5000},
@@ -317,13 +348,6 @@ def test_unknown_live_keys_and_those_of_stores_are_refused(live, tmp_path):
         settings(live(hosts=1), tmp_path)
     with pytest.raises(SettingsError, match=r"live\.part has no effect"):
         open_live(live() | {"part": "1/2"}, HOOKS, lambda _: None)
-
-
-def test_a_host_split_over_ranks_is_refused(live):
-    values = live()
-    values["host"]["sharding"] = "zero3"
-    with pytest.raises(SettingsError, match=r"host\.sharding=zero3: a live source has the whole"):
-        open_live({k: v for k, v in values.items() if k != "calibration_tokens"}, HOOKS, print)
 
 
 def test_settings_without_effect_are_named(live, tmp_path, capsys):
@@ -346,9 +370,7 @@ def test_a_live_setting_changes_the_run_and_memory_does_not(live, tmp_path):
 
 def test_walks_at_once_take_turns(live, store):
     """Training reads ahead while an evaluation walks over the same host."""
-    capture = open_live(
-        {k: v for k, v in live().items() if k != "calibration_tokens"}, HOOKS, lambda _: None
-    )
+    capture = capture_of(live())
     calibration = Calibration(capture, ALL, special=False, keep_bytes=0)
     options = {"batch_tokens": 48, "window_rows": 200, "held_out_fraction": 0.2}
     train_, held = (
@@ -368,8 +390,7 @@ def test_walks_at_once_take_turns(live, store):
 
 def test_statistics_are_those_of_the_first_rows(store, live):
     """calibration_tokens: whole segments until so many rows, without special tokens."""
-    values = {k: v for k, v in live().items() if k != "calibration_tokens"}
-    capture = open_live(values, HOOKS, lambda _: None)
+    capture = capture_of(live())
     space = LiveStream(
         capture, HOOKS, Calibration(capture, 200, special=False, keep_bytes=0)
     ).space("resid.1")
