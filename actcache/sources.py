@@ -1,4 +1,5 @@
-"""Where documents come from: parquet files, or a data set streamed with `datasets`.
+"""Where documents come from: parquet files, a data set streamed with `datasets`, or a source of the
+user's own (`actcache.own_sources`).
 
 A source is a deterministic list of input units. A unit is what one writer turns into segments; it
 never depends on who runs it, so a run that was interrupted, or that had other writers, continues
@@ -12,7 +13,7 @@ import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from actcache.store.ids import file_digest
 
 __all__ = ["Columns", "DataSettings", "Document", "Source", "Unit", "find_text_columns"]
 
+KINDS = ("parquet", "hub", "pydocs")
 STREAM_ROWS = 2048  # rows of a streamed unit
 _DATA_SUFFIXES = {".parquet", ".json", ".jsonl", ".csv", ".txt", ".arrow", ".gz", ".zst"}
 
@@ -31,7 +33,7 @@ _DATA_SUFFIXES = {".parquet", ".json", ".jsonl", ".csv", ".txt", ".arrow", ".gz"
 class DataSettings:
     """Which documents to read. `conf/data/*.yaml` are examples."""
 
-    kind: Literal["parquet", "hub", "pydocs"] = "parquet"
+    kind: str = "parquet"  # one of KINDS, or a source of your own: actcache.own_sources
     files: tuple[str, ...] | str = ()  # parquet: files, folders or globs
     dataset: str | None = None  # hub: repository id or local folder
     subset: str | None = None
@@ -43,6 +45,8 @@ class DataSettings:
     chat_template: str | None = None  # file with a Jinja template; None: the host's own
     id_column: str | None = None  # names a document; without it the text itself does
     max_samples: int | None = None  # documents to read at most
+    sources_path: tuple[str, ...] = ()  # files or folders with sources of your own
+    options: dict[str, Any] | None = None  # what your own source takes
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,16 @@ def open_source(settings: DataSettings) -> Source:
     """The source that `settings` describe. Raises DataError."""
     if settings.max_samples is not None and settings.max_samples < 1:
         raise DataError(f"data.max_samples: expected at least 1, got {settings.max_samples}")
+    if settings.kind not in KINDS:
+        from actcache.own_sources import open_own  # it reads this module
+
+        return open_own(settings)
+    for name in ("sources_path", "options"):
+        if getattr(settings, name):
+            raise DataError(
+                f"data.{name} has no effect with data.kind={settings.kind}, which is built in: "
+                "choose your own source with data=own data.kind=NAME, or leave it out"
+            )
     if settings.kind == "hub":
         return StreamedSource(settings)
     return ParquetSource(settings)

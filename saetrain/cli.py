@@ -31,11 +31,12 @@ from saetrain.presets import config_dir
 from saetrain.settings import TrainSettings
 from saetrain.trainer import TrainResult, train
 
-EVALUATE_HELP = """saetrain evaluate RUN_DIR [store=PATH | stores.LABEL=PATH …]
+EVALUATE_HELP = """saetrain evaluate RUN_DIR [store=PATH | stores.LABEL=PATH …] [eval.metrics=[NAME]]
 
 Evaluates a finished run again on held-out documents and rewrites its eval.json.
   RUN_DIR     a run folder, such as runs/topk_demo-1a2b3c4d
-  store=PATH  where the run's store is now, if it has moved; of several stores.LABEL=PATH"""
+  store=PATH  where the run's store is now, if it has moved; of several stores.LABEL=PATH
+  eval.metrics=[NAME,…] metrics_path=[FILE,…]  also metrics of your own"""
 
 
 @dataclass
@@ -155,13 +156,18 @@ def _evaluate(args: Sequence[str]) -> None:
     folders = [a for a in args if "=" not in a]
     options = dict(a.split("=", 1) for a in args if "=" in a and a not in folders)
     stores = {k.removeprefix("stores."): v for k, v in options.items() if k.startswith("stores.")}
-    unknown = {k for k in options if k != "store" and not k.startswith("stores.")}
+    lists = {k: options.get(k, "").strip("[]") for k in ("eval.metrics", "metrics_path")}
+    metrics, paths = ([w.strip() for w in v.split(",") if w.strip()] for v in lists.values())
+    unknown = {k for k in options if k not in ("store", *lists) and not k.startswith("stores.")}
     if len(folders) != 1 or unknown:
         raise ConfigError(
-            f"evaluate: expected RUN_DIR [store=PATH | stores.LABEL=PATH …], got {' '.join(args)}"
+            "evaluate: expected RUN_DIR [store=PATH | stores.LABEL=PATH …] [eval.metrics=[NAME,…]] "
+            f"[metrics_path=[FILE,…]], got {' '.join(args)}"
         )
     run_dir = Path(folders[0])
-    print(final_table(run_dir, evaluate_run(run_dir, options.get("store"), stores)))
+    store = options.get("store")
+    found = evaluate_run(run_dir, store, stores, metrics=metrics, metrics_path=paths)
+    print(final_table(run_dir, found))
 
 
 if __name__ == "__main__":

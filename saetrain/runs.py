@@ -27,6 +27,7 @@ from actcache.store.cached import through
 from actcache.store.local_cache import LocalCache
 from actcache.store.places import IN_FLIGHT, Remote
 from saetrain.errors import ConfigError, TrainingError
+from saetrain.evals.own import make_metrics
 from saetrain.log import say
 from saetrain.saes import make_config, sae_class
 from saetrain.saes.base import HookSpace
@@ -210,6 +211,7 @@ def sources(
 ) -> tuple[TrainSettings, Source]:
     """Resolved settings and what to read: the store, or the streams the caller brings."""
     make_config(settings.sae, settings.saes_path)  # a misspelt sae key fails before any reading
+    make_metrics(settings.eval.metrics, settings.metrics_path)
     if (stream is None) != (held_out is None):
         raise ConfigError("train: give both stream and held_out, or neither")
     if stream is None or held_out is None:

@@ -37,6 +37,7 @@ NOT_RESULT = (
     "progress",
     "report",
     "saes_path",
+    "metrics_path",
 )
 NOT_RESULT_STREAM = ("threads", "cache_dir", "cache_gb")  # of `stream`: how fast, not which rows
 
@@ -51,6 +52,7 @@ class EvalSettings:
     every_steps: int | None = None
     bootstrap: int = 200  # resamples of contexts behind the standard error
     pca_tokens: int = 200_000  # training rows that the PCA baseline is fitted on; 0: no baseline
+    metrics: tuple[str, ...] = ()  # of your own, by name: see saetrain.evals.own
 
     def __post_init__(self) -> None:
         _positive("eval.tokens", self.tokens)
@@ -160,6 +162,7 @@ class TrainSettings:
     sae_name: str | None = None  # names the run folder and travels with the SAE
     sae_series: str | None = None  # folder above it
     saes_path: tuple[str, ...] = ()  # files or folders with architectures of your own
+    metrics_path: tuple[str, ...] = ()  # likewise, with metrics for eval.metrics
     log_every: int = 50  # steps
     progress: bool = True  # bar on stderr
     report: bool = True  # write report.html at the end

@@ -32,6 +32,7 @@ _PATHS = (
     "stores",
     "runs_dir",
     "saes_path",
+    "metrics_path",
 )  # of this machine: the page is made to be sent around
 
 # Title of a chart, and its series: key in metrics.jsonl -> legend. `loss/*` is added.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saetrain.codes import Codes, SparseCodes
 from saetrain.errors import ConfigError
+from saetrain.evals.own import Evaluated, Metric, results
 from saetrain.metrics import FORMULAS, ContextSums, Firing, Reconstruction
 from saetrain.stacking import stacked
 from saetrain.stream import Batch
@@ -74,6 +75,7 @@ def evaluate(
     tokens: int | None = None,
     bootstrap: int = 200,
     seed: int = 0,
+    metrics: Sequence[Metric] = (),
 ) -> dict[str, Any]:
     """Metrics of `sae` over at most `tokens` rows of `batches`.
 
@@ -82,7 +84,8 @@ def evaluate(
     dead share, density histogram, tokens, contexts and the formulas. Of several output hooks, the
     first five are means over them, and `hooks` has those of each. An SAE that routes is scored on
     its routed vectors (`target`, standardised), and `layers` has each layer's share. Codes of
-    several rows per token (mlsae) count as rows of their own. ConfigError if there are no rows.
+    several rows per token (mlsae) count as rows of their own. `metrics` of the user's own stand
+    under `metrics`. ConfigError if there are no rows.
     """
     ins, outs = _names(hook_in), _names(hook_out)
     routed: Callable[[Tensor], Tensor] | None = getattr(sae, "target", None)
@@ -108,6 +111,9 @@ def evaluate(
         y = _reconstruct(sae, x, codes)
         for score, hook, y_BD in zip(scores, outs, y.unbind(-2) if outs[1:] else [y], strict=True):
             score.update(acts[hook], y_BD, segment_B, ctx_B)
+        seen = Evaluated(x=stacked(acts, outs), y=y, codes=codes, segment=segment_B, ctx=ctx_B)
+        for metric in metrics:
+            metric.update(seen)
     assert firing is not None  # there was a first batch
     result = {**_together(scores, outs, bootstrap, seed), **firing.compute()}
     if shares:
@@ -115,7 +121,8 @@ def evaluate(
         result |= {"target": ROUTED, "layers": dict(zip(ins, each, strict=True))}
     contexts = len(scores[0].contexts.table())
     result |= {"tokens": scores[0].recon.n, "contexts": contexts, "split": "held_out"}
-    return result | {"special_tokens": "excluded", "formulas": FORMULAS | _means(outs)}
+    formulas = FORMULAS | _means(outs) | {m.name: m.formula for m in metrics if m.formula}
+    return result | results(metrics) | {"special_tokens": "excluded", "formulas": formulas}
 
 
 class _Score:

@@ -6,7 +6,7 @@ Used at the end of training and by `saetrain evaluate RUN_DIR`, with the same re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from saetrain.artefact import Inference, load_sae
 from saetrain.errors import TrainingError
-from saetrain.evals import pca, reconstruction
+from saetrain.evals import own, pca, reconstruction
 from saetrain.live import open_live
 from saetrain.log import say, table, watched
 from saetrain.runs import (
@@ -49,6 +49,7 @@ def evaluate_sae(
         ),
         tokens=settings.tokens,
         bootstrap=settings.bootstrap,
+        metrics=own.make_metrics(settings.metrics),
     )
 
 
@@ -96,18 +97,24 @@ def _held_out(source: Source, settings: EvalSettings, what: str, progress: bool)
 
 
 def evaluate_run(
-    run_dir: str | Path, store: str | None = None, stores: Mapping[str, str] | None = None
+    run_dir: str | Path,
+    store: str | None = None,
+    stores: Mapping[str, str] | None = None,
+    *,
+    metrics: Sequence[str] = (),
+    metrics_path: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate a finished run again on its own store and snapshot; rewrite eval.json and report.
 
-    `store`, or `stores` by label, says where they are now, if they have moved. TrainingError if it
-    is another store.
+    `store`, or `stores` by label, says where they are now, if they have moved. `metrics` of your
+    own, in `metrics_path`, are added to those of the run. TrainingError if it is another store.
     """
     run_dir = Path(run_dir)
     record, config = read_json(run_dir / RUN), read_json(run_dir / CONFIG)
     if not record or not config:
         raise TrainingError(f"{run_dir} is not a run folder: {RUN} and {CONFIG} expected")
     settings = TrainSettings.from_mapping(config)
+    settings = _with_metrics(settings, metrics, metrics_path)
     device = resolve_device(settings.device)
     if settings.source == "live":
         source = _live_again(run_dir, settings, record, device)
@@ -121,6 +128,16 @@ def evaluate_run(
     if settings.report:
         report(run_dir, source.snapshot, progress=True)
     return result | kept
+
+
+def _with_metrics(
+    settings: TrainSettings, names: Sequence[str], paths: Sequence[str]
+) -> TrainSettings:
+    """Further metrics beside those of the run. ConfigError if one is not known."""
+    wanted = tuple(dict.fromkeys((*settings.eval.metrics, *names)))
+    own.make_metrics(wanted, (*settings.metrics_path, *paths))
+    evaluation = dataclasses.replace(settings.eval, metrics=wanted)
+    return dataclasses.replace(settings, eval=evaluation)
 
 
 def _stores_again(
@@ -181,6 +198,7 @@ def summary(run_dir: Path, result: Mapping[str, Any]) -> dict[str, object]:
         "L0": round(result["l0"], 2),
         f"dead@{result['tokens']:,}": f"{result['dead']:.2%}",
         "PCA FVE": f"{baseline['fve']:.4f} (rank {baseline['rank']})" if baseline else None,
+        **{name: round(number, 6) for name, number in own.flat(result).items()},
         "train tokens": result.get("train_tokens"),
         "seconds": round(result["seconds"], 1) if "seconds" in result else None,
     }
@@ -194,4 +212,5 @@ def final_table(run_dir: Path, result: Mapping[str, Any]) -> str:
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation that make sense as a curve."""
     names = ("fve", "mse", "cos", "l0", "dead")
-    return {f"eval/{name}": float(result[name]) for name in names}
+    numbers = {name: float(result[name]) for name in names} | own.flat(result)
+    return {f"eval/{name}": number for name, number in numbers.items()}
