@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from saetrain.kernels.rows import project_rows_, renormalise_rows_
+
 
 def random_rows(n_latents: int, width: int, norm: float = 1.0) -> Tensor:
     """(F, E): uniformly random directions, every row of length `norm`."""
@@ -24,9 +26,12 @@ def random_rows(n_latents: int, width: int, norm: float = 1.0) -> Tensor:
 
 
 def transposed(W_dec_FE: Tensor) -> Tensor:
-    """(E, F) contiguous copy: the tied start of an encoder, with memory of its own."""
-    W_EF: Tensor = W_dec_FE.detach().T
-    return W_EF.clone(memory_format=torch.contiguous_format)
+    """(E, F) copy: the tied start of an encoder, with memory of its own.
+
+    Its strides are (1, E): one latent after the other, as gradients summed by latent come and as
+    the fastest product wants it (see `saetrain.kernels.gemm`).
+    """
+    return W_dec_FE.detach().clone(memory_format=torch.contiguous_format).T
 
 
 # Lengths that a search tries: 0.05 to 5, each 10 % above the one before.
@@ -57,11 +62,10 @@ def remove_parallel_grad(W_FE: nn.Parameter) -> None:
     """Take from each row's gradient its part along the row. No gradient: nothing to do."""
     if W_FE.grad is None:
         return
-    along_F1 = (W_FE.grad * W_FE).sum(1, keepdim=True)
-    W_FE.grad.sub_(W_FE * (along_F1 / (W_FE * W_FE).sum(1, keepdim=True)))
+    project_rows_(W_FE.grad, W_FE)
 
 
 @torch.no_grad()
 def renormalise_rows(W_FE: nn.Parameter) -> None:
     """Scale every row back to length 1."""
-    W_FE.div_(W_FE.norm(dim=1, keepdim=True))
+    renormalise_rows_(W_FE)

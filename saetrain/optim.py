@@ -208,7 +208,11 @@ def _of(tensors: Mapping[str, Tensor], name: str, p: Tensor) -> Iterator[tuple[s
     for full, value in tensors.items():
         owner, key = full.rsplit("/", 1)
         if owner == name:
-            yield key, value.to(p.device, copy=True)
+            if value.shape == p.shape:  # in the layout of p: fused Adam reads both as they lie
+                own = torch.empty_like(p, dtype=value.dtype, memory_format=torch.preserve_format)
+                yield key, own.detach().copy_(value)
+            else:
+                yield key, value.to(p.device, copy=True)
 
 
 def _groups(

@@ -1,0 +1,165 @@
+"""Encode and select: one matrix product, then only the chosen slots exist.
+
+On a CPU the product is made in pieces of tokens whose pre-activations stay in cache (8 MB), and
+both selections, the k largest and AuxK's k_aux largest dead ones, read them there. The (B, F)
+matrix never exists. Elsewhere one piece is all tokens. Backward: see latents.py.
+
+bf16: the product is made in bfloat16 from float32 weights, and proposes k + max(8, k/2) latents a
+token; their pre-activations are then computed in float32, and the k largest of those are the codes.
+So values and gradients are exact and only the choice can err: a latent is missed if its rounding
+error takes it past the surplus. Bound: whatever is missed lies within 2^-7 Σ_d |x_d W_di| of what
+was chosen instead (two roundings of inputs and one of the result, 2^-9 each, on both sides);
+tested, together with the share of misses, in tests/test_kernels.py.
+
+Plain twin: `saetrain.codes.topk_codes(x @ W + b, k)`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saetrain.kernels.gemm import product
+from saetrain.kernels.latents import dot_rows, sum_by_latent
+from saetrain.kernels.topk import exact_topk
+
+CACHED = 1 << 21  # pre-activations of one piece: 8 MB in float32
+LEAST = 128  # tokens: below this a matrix product is slower
+
+Slots = tuple[Tensor, Tensor]  # values and indices, (B, K)
+
+
+def encode_topk(
+    x_BD: Tensor,
+    W_DF: Tensor,
+    b_F: Tensor,
+    k: int,
+    dead_F: Tensor | None = None,
+    k_aux: int = 0,
+    bf16: bool = False,
+    product_BF: Tensor | None = None,
+) -> tuple[Slots, Slots]:
+    """((values, indices) of relu(top k), the same of the dead ones), differentiable in W and b.
+
+    `product_BF` is x @ W where the caller has it already; it is overwritten.
+    """
+    args = (x_BD, W_DF, b_F, k, dead_F, k_aux, bf16, product_BF)
+    out = _EncodeTopK.apply(*args)  # type: ignore[no-untyped-call]
+    return (out[0], out[1]), (out[2], out[3])
+
+
+def pieces(n_tokens: int, n_latents: int, device: str) -> list[slice]:
+    """Runs of tokens whose pre-activations fit into cache."""
+    step = n_tokens if device != "cpu" else max(LEAST, CACHED // n_latents)
+    return [slice(i, min(i + step, n_tokens)) for i in range(0, n_tokens, max(step, 1))]
+
+
+class _EncodeTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BD: Tensor,
+        W_DF: Tensor,
+        b_F: Tensor,
+        k: int,
+        dead_F: Tensor | None,
+        k_aux: int,
+        bf16: bool,
+        product_BF: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        device = x_BD.device.type
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else nullcontext():
+            if product_BF is not None:
+                select: _Full = _Given(x_BD, W_DF, b_F, product_BF)
+            else:
+                select = (_Half if bf16 else _Full)(x_BD, W_DF, b_F)
+            found = [select(p, k, dead_F, k_aux) for p in pieces(len(x_BD), W_DF.shape[1], device)]
+        out = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)]
+        values, aux = out[0].relu_(), out[2].relu_()
+        ctx.save_for_backward(x_BD, values, out[1], aux, out[3])
+        ctx.W, ctx.n_latents = (W_DF if W_DF.is_leaf else None), W_DF.shape[1]
+        ctx.dtypes = W_DF.dtype, b_F.dtype
+        ctx.mark_non_differentiable(out[1], out[3])
+        return values, out[1], aux, out[3]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_BD, *saved = ctx.saved_tensors
+        slots = [(grads[0], *saved[:2]), (grads[2], *saved[2:])]
+        weights = torch.cat([(g * (v > 0)).to(x_BD.dtype) for g, v, _ in slots], 1)
+        indices = torch.cat([i for _, _, i in slots], 1)
+        W_dtype, b_dtype = ctx.dtypes
+        grad_b = x_BD.new_zeros(ctx.n_latents)
+        grad_b.scatter_add_(0, indices.reshape(-1), weights.reshape(-1))
+        if 16 * indices.shape[1] >= ctx.n_latents:  # many auxiliary slots: a product is cheaper
+            wide = x_BD.new_zeros(len(x_BD), ctx.n_latents).scatter_add_(1, indices, weights)
+            grad_W = wide.T @ x_BD
+        else:
+            grad_W = sum_by_latent(x_BD, weights, indices, ctx.n_latents, ctx.W)
+        return None, grad_W.T.to(W_dtype), grad_b.to(b_dtype), None, None, None, None, None
+
+
+class _Full:
+    """Selection of a piece of tokens by the product in the type of x."""
+
+    def __init__(self, x_BD: Tensor, W_DF: Tensor, b_F: Tensor) -> None:
+        self.x, self.W, self.b = x_BD, W_DF.to(x_BD.dtype), b_F.to(x_BD.dtype)
+
+    def pre(self, piece: slice) -> Tensor:
+        return product(self.x[piece], self.W, self.b)
+
+    def __call__(self, piece: slice, k: int, dead_F: Tensor | None, k_aux: int) -> list[Tensor]:
+        h = self.pre(piece)
+        values, indices = exact_topk(h, k)
+        if not k_aux or dead_F is None:
+            return [values, indices, values[:, :0], indices[:, :0]]
+        # Living latents tie with silent dead ones at 0, which relu makes an empty slot.
+        return [values, indices, *exact_topk(h.masked_fill_(~dead_F, 0), k_aux)]
+
+
+class _Given(_Full):
+    """By a product that was made elsewhere."""
+
+    def __init__(self, x_BD: Tensor, W_DF: Tensor, b_F: Tensor, product_BF: Tensor) -> None:
+        super().__init__(x_BD, W_DF, b_F)
+        self.h_BF = product_BF
+
+    def pre(self, piece: slice) -> Tensor:
+        return self.h_BF[piece].add_(self.b.to(self.h_BF.dtype)).to(self.x.dtype)
+
+
+class _Half(_Full):
+    """Proposed by a bfloat16 product, decided in the type of x."""
+
+    def __init__(self, x_BD: Tensor, W_DF: Tensor, b_F: Tensor) -> None:
+        super().__init__(x_BD, W_DF, b_F)
+        self.W_FD, self.dtype = self.W.T, torch.bfloat16
+        self.half = x_BD.to(self.dtype), W_DF.to(self.dtype), b_F.to(self.dtype)
+
+    def __call__(self, piece: slice, k: int, dead_F: Tensor | None, k_aux: int) -> list[Tensor]:
+        x, W, b = self.half
+        h = torch.addmm(b, x[piece], W)
+        values, indices = self._decide(piece, exact_topk(h, self._more(k))[1], k)
+        if not k_aux or dead_F is None:
+            return [values, indices, values[:, :0], indices[:, :0]]
+        h.masked_fill_(~dead_F, -torch.inf)
+        proposed = exact_topk(h, self._more(k_aux))[1]
+        return [values, indices, *self._decide(piece, proposed, k_aux, dead_F)]
+
+    def _more(self, k: int) -> int:
+        return min(k + max(8, k // 2), self.W.shape[1])
+
+    def _decide(
+        self, piece: slice, proposed: Tensor, k: int, dead_F: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k largest of the proposed latents by their exact pre-activations."""
+        h = dot_rows(self.x[piece], self.W_FD, proposed).add_(self.b[proposed])
+        if dead_F is not None:
+            h.masked_fill_(~dead_F[proposed], 0)
+        values, place = h.topk(k, dim=-1, sorted=False)
+        return values, proposed.gather(1, place)
