@@ -19,6 +19,7 @@ from typing import Any, Literal
 from actcache.store.errors import SettingsError
 from actcache.store.records import build
 from saetrain.errors import ConfigError
+from saetrain.hopeless import EarlyStopSettings as EarlyStopSettings
 from saetrain.optim_settings import OptimSettings as OptimSettings
 from saetrain.optim_settings import ScheduleSettings as ScheduleSettings
 from saetrain.presets import label
@@ -38,6 +39,12 @@ NOT_RESULT = (
     "report",
     "saes_path",
     "metrics_path",
+    "early_stop",
+    "target_l0",
+    "hooks",  # each hook's run has `hook`
+    "layers",
+    "layer_stride",
+    "fused",
 )
 NOT_RESULT_STREAM = ("threads", "cache_dir", "cache_gb")  # of `stream`: how fast, not which rows
 
@@ -134,6 +141,17 @@ class WandbSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusedSettings:
+    """For several SAEs trained together: a fused sweep, or one SAE per hook."""
+
+    stack: bool = False  # encoders of equal shape and input in one product; equal up to rounding
+    memory_gb: float | None = None  # 1e9 bytes for all of it; None: 80 % of what is free
+
+    def __post_init__(self) -> None:
+        _positive("fused.memory_gb", self.memory_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Everything that one training run depends on."""
 
@@ -144,6 +162,10 @@ class TrainSettings:
     mix: dict[str, float] | None = None  # label -> weight: mix the rows of `stores`, do not join
     snapshot: str | dict[str, str] | None = None  # None: the newest; of several, label -> name
     hook: str = "resid.2"
+    hooks: str | tuple[str, ...] | None = None  # one SAE for each of these; "all" of the store
+    layers: tuple[int, ...] | None = None  # instead: of these layers, hooks named like `hook`
+    layer_stride: int | None = None  # every so many-th layer, of hooks named like `hook` or of all
+    fused: FusedSettings = field(default_factory=FusedSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     batch_tokens: int = 4096
@@ -151,12 +173,17 @@ class TrainSettings:
     epochs: int | None = None  # instead of tokens
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
+    grad_acc_steps: int = 1  # equal parts of a batch whose gradients add up to one step
+    micro_acc_steps: int = 1  # pieces of each of these, see `saetrain.micro`
+    compile: bool = False  # losses through torch.compile; needs a C++ compiler on CPUs
     device: str = "auto"
     held_out_fraction: float = 0.05  # of the documents
     stream: StreamSettings = field(default_factory=StreamSettings)
     live: LiveSettings = field(default_factory=LiveSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    early_stop: EarlyStopSettings = field(default_factory=EarlyStopSettings)
+    target_l0: float | None = None  # what a sweeper maximises: FVE at this L0, see `objective`
     wandb: WandbSettings = field(default_factory=WandbSettings)
     runs_dir: str = "runs"
     sae_name: str | None = None  # names the run folder and travels with the SAE
@@ -181,9 +208,17 @@ class TrainSettings:
                 f"epochs={self.epochs}: how long an epoch is, a live source knows only when the "
                 "data has ended. Give tokens=… and epochs=null; more than the data has begins again"
             )
-        for name in ("batch_tokens", "tokens", "epochs", "log_every"):
+        for name in ("batch_tokens", "tokens", "epochs", "log_every", "target_l0"):
             _positive(name, getattr(self, name))
+        for name in ("grad_acc_steps", "micro_acc_steps"):
+            _positive(name, getattr(self, name))
+        if self.batch_tokens % self.pieces:
+            raise ConfigError(
+                f"batch_tokens={self.batch_tokens} is what one step sees, and cannot be cut into "
+                f"grad_acc_steps x micro_acc_steps = {self.pieces} equal pieces"
+            )
         check_stores(self)
+        check_hooks(self)
         if not 0 < self.held_out_fraction < 1:
             raise ConfigError(
                 "held_out_fraction: expected between 0 and 1, both excluded, because every run is "
@@ -225,6 +260,16 @@ class TrainSettings:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
+    def several_hooks(self) -> bool:
+        """Whether these settings stand for one run a hook, see `saetrain.expand`."""
+        return (self.hooks, self.layers, self.layer_stride) != (None, None, None)
+
+    @property
+    def pieces(self) -> int:
+        """Parts of a batch that are computed one after the other."""
+        return self.grad_acc_steps * self.micro_acc_steps
+
+    @property
     def run_name(self) -> str:
         """`{sae_name or architecture-hook}-{8 hex}`."""
         name = self.sae_name or re.sub(r"[^A-Za-z0-9_.-]", "_", f"{label(self.sae)}-{self.hook}")
@@ -260,6 +305,26 @@ def check_stores(settings: TrainSettings) -> None:
         )
     if unknown := set(named) - set(labels):
         raise ConfigError(f"snapshot: {sorted(unknown)} are no labels of stores")
+
+
+def check_hooks(settings: TrainSettings) -> None:
+    """ConfigError unless hooks, layers and layer_stride fit each other."""
+    hooks, layers, stride = settings.hooks, settings.layers, settings.layer_stride
+    if isinstance(hooks, str) and hooks != "all":
+        raise ConfigError(f"hooks={hooks}: expected all, or a list as in hooks=[{hooks}]")
+    listed = hooks is not None and hooks != "all"
+    both = [n for n, v in (("hooks", hooks), ("layers", layers)) if v is not None]
+    if len(both) == 2:
+        raise ConfigError(f"give hooks or layers, not both, got hooks={hooks}, layers={layers}")
+    if stride is not None and (layers is not None or listed):
+        raise ConfigError(
+            f"give layer_stride={stride} or {both[0]}={getattr(settings, both[0])}, not both: "
+            "layer_stride takes every so many-th layer of hooks=all, or of hooks named like `hook`"
+        )
+    _positive("layer_stride", stride)
+    for name, given in (("hooks", hooks if listed else None), ("layers", layers)):
+        if given is not None and (not given or len(set(given)) < len(given)):
+            raise ConfigError(f"{name}={list(given)}: expected one or more, each once")
 
 
 def _positive(name: str, value: float | None) -> None:

@@ -17,21 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saetrain import checkpoint as ckpt
-from saetrain import runs
+from saetrain import hopeless, runs
+from saetrain.compiling import compiled
 from saetrain.errors import ConfigError, TrainingError
 from saetrain.evals import run as evals
+from saetrain.hopeless import HopelessRun
 from saetrain.interrupt import Interrupted, stop_flag
 from saetrain.log import Logger, say
+from saetrain.micro import backward
 from saetrain.optim import Optimizer, schedule_factor
 from saetrain.runs import BatchStream, Source
 from saetrain.saes import make_sae
-from saetrain.saes.base import Progress
+from saetrain.saes.base import Losses, Progress
 from saetrain.settings import TrainSettings
 from saetrain.stream import Batch
 from saetrain.stream.told import Told
-from saetrain.window import Window, step_numbers
+from saetrain.window import Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,11 @@ def train(
     returns at once. Raises ConfigError for settings that cannot work, StoreError for an unusable
     store, TrainingError for a run folder in the way or a non-finite loss, Interrupted on Ctrl-C.
     """
+    if settings.several_hooks:
+        raise ConfigError(
+            "train: hooks, layers and layer_stride train one SAE a hook. Call "
+            "saetrain.sweep.train_together([settings]), or give one hook"
+        )
     device = runs.resolve_device(settings.device)
     settings, source = runs.sources(settings, stream, held_out, device)
     with own_generator(settings.seed, device):
@@ -74,19 +83,36 @@ def _train(settings: TrainSettings, source: Source, device: torch.device) -> Tra
         return finished(settings, source)
     trainer = Trainer(settings, source, device)  # bad settings fail before any file is written
     record |= trainer.facts
-    with runs.claimed(run_dir, fresh=settings.fresh):
-        runs.write_json(run_dir / runs.CONFIG, settings.to_dict())
-        runs.write_json(run_dir / runs.RUN, record | {"status": "running"})
-        started = trainer.resume()
-        trainer.warn_if_none_can_die()
-        with trainer.logger() as logger:
-            trainer.fit(logger)
-            metrics = trainer.finish(record)
-            logger.final(evals.scalars(metrics))
-        runs.write_json(run_dir / runs.RUN, record | {"status": "finished"})
-        if settings.report:
-            evals.report(run_dir, source.snapshot, progress=settings.progress)
+    with running(trainer, record) as logger:
+        started = trainer.step
+        trainer.fit(logger)
+        metrics = complete(trainer, record, logger)
     return TrainResult(run_dir=run_dir, metrics=metrics, trained_steps=trainer.step - started)
+
+
+@contextmanager
+def running(trainer: Trainer, record: Mapping[str, Any], *, bar: bool = True) -> Iterator[Logger]:
+    """Hold the run's folder, write what describes it, continue where an earlier call stopped."""
+    settings = trainer.settings
+    with runs.claimed(settings.run_dir, fresh=settings.fresh):
+        hopeless.refuse_stopped(runs.read_json(settings.run_dir / runs.RUN), settings.early_stop)
+        runs.write_json(settings.run_dir / runs.CONFIG, settings.to_dict())
+        runs.write_json(settings.run_dir / runs.RUN, {**record, "status": "running"})
+        trainer.resume()
+        trainer.warn_if_none_can_die()
+        with trainer.logger(bar=bar) as logger:
+            yield logger
+
+
+def complete(trainer: Trainer, record: Mapping[str, Any], logger: Logger) -> dict[str, Any]:
+    """After the last step: save, evaluate, report. The content of eval.json."""
+    settings = trainer.settings
+    metrics = trainer.finish(record)
+    logger.final(evals.scalars(metrics))
+    runs.write_json(settings.run_dir / runs.RUN, {**record, "status": "finished"})
+    if settings.report:
+        evals.report(settings.run_dir, trainer.source.snapshot, progress=settings.progress)
+    return metrics
 
 
 def finished(settings: TrainSettings, source: Source) -> TrainResult:
@@ -107,6 +133,7 @@ class Trainer:
         self.n_steps = _n_steps(settings, source.train)
         self.sae = make_sae(settings.sae, source.spaces(), settings.saes_path).to(device)
         self.optim = Optimizer(self.sae, settings.optim, self.sae.n_latents)
+        self._compute = compiled(self.sae.losses, device) if settings.compile else self.sae.losses
         self.step = 0  # steps done
         self.seconds = 0.0  # of training, over all starts
         self.window = Window()
@@ -132,9 +159,14 @@ class Trainer:
         logger.training_done()
         self.told.end()
 
-    def begin(self) -> None:
-        """Start the clocks; call before the first `take` of this process."""
-        if self.step < self.n_steps:
+    def begin(self, like: Told | None = None) -> None:
+        """Start the clocks, before the first `take` of this process.
+
+        What is told of the stream is measured, or is that of `like`, which reads the same one.
+        """
+        if like is not None:
+            self.told.begin_like(like)
+        elif self.step < self.n_steps:
             self.told.begin()
         self._waited, self._row_time = 0.0, time.perf_counter()
         self._began = self._row_time - self.seconds
@@ -181,32 +213,46 @@ class Trainer:
                 sae.init_from_data(acts)
         tokens = (self.step + 1) * self.settings.batch_tokens
         progress = Progress(step=self.step, n_steps=self.n_steps, tokens=tokens)
-        bf16 = self.settings.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            losses = sae.losses(acts, progress)
-        total = losses.total
-        total.backward()  # type: ignore[no-untyped-call]
+        numbers, last = backward(sae, self._losses, acts, progress, self.settings.pieces)
         sae.before_step()
         norm = optim.clip()
         optim.step(schedule_factor(self.step, self.n_steps, self.settings.schedule))
         sae.after_step()
-        sae.note_firing(losses.codes)
-        optim.forget(sae.resample(acts, progress))
-        self.window.add(step_numbers(losses, total, norm))
+        optim.forget(sae.resample(last, progress))
+        optim.average()
+        self.window.add({**numbers, "grad_norm": norm})
         self.step += 1
+
+    def _losses(self, acts: Mapping[str, Tensor], progress: Progress) -> Losses:
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return self._compute(acts, progress)
 
     def _after_step(self, logger: Logger) -> None:
         """Whatever is due now that `self.step` steps are done."""
         cfg, last = self.settings, self.step == self.n_steps
         if self.step % cfg.log_every == 0 or last:
-            logger.row(self._row())
+            row = self._row()
+            logger.row(row)
+            self._stop_if_hopeless(row)
         if cfg.eval.every_steps and self.step % cfg.eval.every_steps == 0 and not last:
             self._check_finite()
-            sae = self.sae.to_inference()
-            result = evals.evaluate_sae(sae, self.source, cfg.eval, progress=cfg.progress)
+            with self.optim.averaged(self.sae.after_step):
+                sae = self.sae.to_inference()
+                result = evals.evaluate_sae(sae, self.source, cfg.eval, progress=cfg.progress)
             logger.row({"step": self.step, **evals.scalars(result)})
         if last or (cfg.checkpoint.every_steps and self.step % cfg.checkpoint.every_steps == 0):
             self.save()
+
+    def _stop_if_hopeless(self, row: Mapping[str, Any]) -> None:
+        """Save and raise HopelessRun if `early_stop` says so; not after the last step."""
+        rule, file = self.settings.early_stop, self.settings.run_dir / runs.RUN
+        reason = rule.reason(row)
+        if reason is not None and self.step < self.n_steps:
+            self.save()
+            record = hopeless.record(rule, f"stopped early at step {self.step:,}: {reason}")
+            runs.write_json(file, runs.read_json(file) | record)
+            raise HopelessRun(f"{record['reason']}. {hopeless.REMEDY}")
 
     def _row(self) -> dict[str, Any]:
         """Means over the steps since the last row; fve = 1 - fvu, by the store's variance.
@@ -285,7 +331,14 @@ class Trainer:
             )
 
     def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Save the inference SAE, evaluate it on held-out documents, write eval.json."""
+        """Save the inference SAE, evaluate it on held-out documents, write eval.json.
+
+        With averaged weights it is the average that is saved and evaluated.
+        """
+        with self.optim.averaged(self.sae.after_step):
+            return self._finish(record)
+
+    def _finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
         run_dir = self.settings.run_dir
         self.sae.calibrate(batch.inputs for batch in self.source.held_out.one_pass())
         sae = self.sae.to_inference()
