@@ -12,7 +12,7 @@ from saes_reference import planted, space_of
 from torch import Tensor
 
 from saetrain.artefact import Inference
-from saetrain.codes import Codes, l0
+from saetrain.codes import Codes, SparseCodes, l0
 from saetrain.saes import make_sae
 from saetrain.saes.base import SAE, Progress
 
@@ -86,7 +86,14 @@ class Row:
         return make_sae(self.config(**more), {h: space_of(x, h) for h, x in self.acts.items()})
 
     half_error: float = 0.03  # of bfloat16 inference, relative
+    half_gradient: float = 0.1  # of bfloat16 training
     passes_by: bool = False  # something reaches the output past the latents
+    rows_per_token: int = 1  # that there are latents of
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Dimensions of latents between token and latent."""
+        return (self.rows_per_token,) if self.rows_per_token > 1 else ()
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -109,6 +116,14 @@ class Row:
         """The reference's loss terms."""
         x = (self.acts[HOOK][rows].double() - sae.in_center) * sae.in_scale
         return self.reference(w, x, sae.dead, kind, sae.in_variance.item())
+
+
+def rows_apart(codes: Codes) -> Codes:
+    """Codes (..., F) as rows (N, F)."""
+    if isinstance(codes, Tensor):
+        return codes.flatten(0, -2)
+    values, indices = codes.values.flatten(0, -2), codes.indices.flatten(0, -2)
+    return SparseCodes(values, indices, codes.n_latents)
 
 
 def train(

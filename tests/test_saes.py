@@ -39,11 +39,13 @@ from saes_rows import (
     exactly,
     on_average,
     one_of_each,
+    rows_apart,
     shake,
     train,
     weights,
 )
 from saes_rows_multi import LINKED
+from saes_rows_route import ROUTED
 from torch import Tensor
 
 from saetrain.artefact import load_sae
@@ -149,8 +151,11 @@ GROUPMAX = Row(
     reference=sae_reference(lambda h, w: groupmax_oracle(h, 4), aux_k=3),
 )
 ALONE = [TOPK, RELU, VANILLA, BATCHTOPK, JUMPRELU, GATED, MATRYOSHKA, P_ANNEAL, GROUPMAX]
-ROWS = [*ALONE, *LINKED]
+ROWS = [*ALONE, *LINKED, *ROUTED]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.more or r.name)
+with_decoder_rows = pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.name != "molt"], ids=lambda r: r.more or r.name
+)
 alone = pytest.mark.parametrize("row", ALONE, ids=lambda r: r.more or r.name)  # of one hook
 
 
@@ -171,7 +176,7 @@ def test_shapes_and_forward(row: Row, lead: tuple[int, ...]) -> None:  # F19
         out = module(x)
         assert set(out) == {"sae_out", "feature_acts"}
         assert out["sae_out"].shape == (*lead, *row.out_shape)
-        assert out["feature_acts"].shape == (*lead, sae.n_latents)
+        assert out["feature_acts"].shape == (*lead, *row.lead, sae.n_latents)
         codes = module.encode(x)
         assert torch.equal(out["sae_out"], module.reconstruct(x, codes))
         if not row.passes_by:
@@ -190,11 +195,12 @@ def test_l0_law(row: Row) -> None:  # F20, F22, F44
     h_BF = sae.pre_activations(sae.inputs(row.acts), w).flatten(1)
     assert (l0(sae.encode(x)) < 2).any()
     assert (dense(sae.encode(x)) >= 0).all()
-    row.inferred(sae.encode(x), h_BF)
+    row.inferred(rows_apart(sae.encode(x)), h_BF)
     row.trained(sae.losses(row.acts, END).codes, h_BF)
 
 
 @rows
+@pytest.mark.filterwarnings("ignore:sae.reconstruction=.* with sae.routing=soft")
 @pytest.mark.parametrize("kind", ["fvu", "mse", "sse"])
 def test_every_loss_term_and_gradient_equals_the_reference(  # F20 F21 F22 F23 F24 F32 F53
     row: Row, kind: str
@@ -300,7 +306,7 @@ def test_bfloat16_training_is_close(row: Row) -> None:
     losses.total.backward()
     for (name, p), q in zip(exact.named_parameters(), mixed.parameters(), strict=True):
         assert q.grad.dtype == torch.float32
-        assert (p.grad - q.grad).norm() < 0.1 * p.grad.norm(), name
+        assert (p.grad - q.grad).norm() < row.half_gradient * p.grad.norm(), name
 
 
 @rows
@@ -318,6 +324,7 @@ def test_dead_latents_are_counted_in_tokens(row: Row) -> None:  # F53
     sae = row.make(dead_after_tokens=25)
     fires, silent = torch.zeros(2, 5, sae.n_latents), torch.zeros(10, sae.n_latents)
     fires[1, 4, 7] = 0.1
+    fires, silent = (f.repeat_interleave(row.rows_per_token, -2) for f in (fires, silent))
     for _ in range(2):
         sae.note_firing(fires)  # contexts (2, 5): 10 tokens
     for expected in (False, False, True):
@@ -329,7 +336,7 @@ def test_dead_latents_are_counted_in_tokens(row: Row) -> None:  # F53
     assert not sae.dead[7]
 
 
-@rows
+@with_decoder_rows
 @pytest.mark.parametrize("policy", ["unit", "free"])
 def test_unit_norm_decoders_stay_on_the_sphere_and_free_ones_leave_it(
     row: Row, policy: str
