@@ -31,7 +31,8 @@ def _layered() -> tuple[dict[str, Tensor], dict[tuple[int, int], Tensor]]:
         fires = torch.rand(N, 8, generator=GEN) < 0.12
         codes.append(fires * (1 + torch.rand(N, 8, generator=GEN)))
         reads = torch.nn.functional.normalize(torch.randn(8, D, generator=GEN), dim=1)
-        acts[hook] = codes[i] @ reads * (i + 1) + torch.randn(D, generator=GEN)
+        noise = 0.02 * torch.randn(N, D, generator=GEN)  # no two rows are equal
+        acts[hook] = codes[i] @ reads * (i + 1) + torch.randn(D, generator=GEN) + noise
         for t in range(i, 3):
             writes[i, t] = torch.randn(8, E, generator=GEN)
     for t, hook in enumerate(OUTS):
