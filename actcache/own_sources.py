@@ -58,7 +58,6 @@ class OwnUnits:
         self.identity: Mapping[str, Any] = {
             "kind": source.kind,
             "content": _content(source),
-            "options": dict(settings.options or {}),
             "max_samples": self._max,
         }
 
