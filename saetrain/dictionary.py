@@ -112,6 +112,8 @@ class Dictionary(SAE):
         self.penalty = None if cfg.penalty is None else make_penalty(cfg.penalty, self.activation)
         aux_k = max(1, self.d_in // 2) if cfg.aux_k is None else cfg.aux_k
         self.aux_k = min(aux_k, self.n_latents) if cfg.auxk_alpha else 0
+        # (x' - b_dec) W_enc of the next TopK step, where a sweep has it already: saetrain.stack
+        self.product: Tensor | None = None
         self._make_weights(spaces[self.hooks_in[0]].mean)
 
     def _check_hooks(self, cfg: DictionaryConfig, spaces: Mapping[str, HookSpace]) -> None:
@@ -205,14 +207,16 @@ class Dictionary(SAE):
 
     def _pick_topk(self, x_BD: Tensor, W_enc_DF: Tensor, bias_F: Tensor, k: int) -> Picked:
         dead_F = self._aux_candidates()
+        product_BF, self.product = self.product, None
         if dead_F is None or dead_F.device.type != "cpu" or int(dead_F.sum()) > self.aux_k:
-            codes, aux = select_topk(x_BD, W_enc_DF, bias_F, k, dead_F, self.aux_k)
+            codes, aux = select_topk(x_BD, W_enc_DF, bias_F, k, dead_F, self.aux_k, product_BF)
             return Picked(codes, None, aux, dead_F)
         # All dead latents are chosen: no second search over all of them (a GPU would wait here).
         dead = dead_F.nonzero().squeeze(1)
         values = (x_BD @ W_enc_DF[:, dead] + bias_F[dead]).relu()
         aux = SparseCodes(values, dead.expand(len(x_BD), -1), self.n_latents)
-        return Picked(select_topk(x_BD, W_enc_DF, bias_F, k)[0], None, aux, dead_F)
+        codes, _ = select_topk(x_BD, W_enc_DF, bias_F, k, product_BF=product_BF)
+        return Picked(codes, None, aux, dead_F)
 
     def pick_dead(self, h_BF: Tensor) -> tuple[SparseCodes | None, Tensor | None]:
         """The `aux_k` largest positive dead latents of dense pre-activations, and who is dead."""

@@ -223,7 +223,7 @@ def sources(
             return settings, source
         newest = open_snapshot(settings)
         settings = resolve(settings, newest)
-        return settings, open_source(settings, _recorded_snapshot(settings, newest), device)
+        return settings, open_source(settings, recorded_snapshot(settings, newest), device)
     _check_unit(settings, stream)
     snapshot = stream.snapshot if isinstance(stream, Stream) else None
     if snapshot is not None:
@@ -264,7 +264,7 @@ def _check_unit(settings: TrainSettings, stream: BatchStream) -> None:
     )
 
 
-def _recorded_snapshot(settings: TrainSettings, newest: Readable) -> Readable:
+def recorded_snapshot(settings: TrainSettings, newest: Readable) -> Readable:
     """The snapshot that an earlier start of this run used, if any; else `newest`."""
     known = read_json(settings.run_dir / RUN)
     if settings.fresh or settings.snapshot is not None or not known.get("snapshot"):

@@ -1,0 +1,199 @@
+"""What a run needs: memory from its settings, hours from a few real steps.
+
+Memory of an SAE with P parameters and N buffer bytes, in fp32, B tokens a batch, F latents:
+  weights       4 P + N
+  optimizer     the moments that it keeps, 8 P for Adam
+  gradients     8 P: the gradient, and a second one while terms are summed; of one SAE at a time
+  activations   4 B F x 2 where codes are sparse, x 8 where they are dense; also of one at a time
+  stream        two windows of rows as stored, and a batch in fp32
+  held out      rows kept between evaluations, of a group only
+P comes from the architecture itself, built without memory (torch's meta device). What Python and
+its libraries take is not in it. Bias: an estimate; the benchmark prints what was measured beside.
+
+Hours: `probe` times training steps on random rows of the right shape; reading, evaluation and the
+report are not in it, and a machine that is busy now is taken for a slow one.
+
+Shapes: B tokens, F latents.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saetrain.dictionary import Dictionary
+from saetrain.runs import Source
+from saetrain.saes import make_sae
+from saetrain.saes.base import SAE
+from saetrain.settings import TrainSettings
+from saetrain.stream import Batch
+from saetrain.trainer import Trainer
+
+KEPT = 2**30  # bytes of held-out rows that a group keeps at most
+_SIZES = {"bfloat16": 2, "float16": 2, "int8": 1}  # bytes a channel as stored; others 4
+_STATES = {"signum": 4, "muon": 4, "adam8bit": 2, "schedulefree": 8}  # bytes a parameter; others 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one run."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    stream: int
+    held_out: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def memory(settings: TrainSettings, source: Source) -> Memory:
+    """Of a single run with resolved `settings`. ConfigError for SAEs that cannot be made."""
+    sae = _hollow(settings, source)
+    parameters = sum(p.numel() for p in sae.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in sae.buffers())
+    sparse = isinstance(sae, Dictionary) and sae.activation.sparse
+    kind = settings.optim.name
+    return Memory(
+        weights=4 * parameters + buffers,
+        optimizer=_STATES.get(kind, 8) * parameters,
+        gradients=8 * parameters,
+        activations=4 * settings.batch_tokens * sae.n_latents * (2 if sparse else 8),
+        stream=stream_bytes(settings, source, tuple(source.spaces())),
+    )
+
+
+def together(
+    many: Sequence[tuple[TrainSettings, Source]], each: Sequence[Memory], *, stack: bool = False
+) -> Memory:
+    """Of jobs that train in lockstep: all weights and moments, the rest of one at a time."""
+    settings, source = many[0]
+    hooks = tuple(dict.fromkeys(h for _, s in many for h in s.spaces()))
+    several = sum(m.activations for m in each) if stack else max(m.activations for m in each)
+    return Memory(
+        weights=sum(m.weights for m in each),
+        optimizer=sum(m.optimizer for m in each),
+        gradients=max(m.gradients for m in each),
+        activations=several,
+        stream=stream_bytes(settings, source, hooks),
+        held_out=held_out_bytes(many),
+    )
+
+
+def split(
+    many: Sequence[tuple[TrainSettings, Source]],
+    each: Sequence[Memory],
+    limit: int,
+    *,
+    stack: bool = False,
+) -> list[list[int]]:
+    """Numbers of jobs, in groups whose `together` stays below `limit` bytes; in order, first fit.
+
+    A job that needs more by itself has a group of its own: nothing could be gained by refusing it.
+    """
+    groups: list[list[int]] = []
+    for i in range(len(many)):
+        for group in groups:
+            trial = [*group, i]
+            needed = together([many[j] for j in trial], [each[j] for j in trial], stack=stack)
+            if needed.total <= limit:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+def held_out_bytes(many: Sequence[tuple[TrainSettings, Source]]) -> int:
+    """Rows that evaluation keeps, once for jobs that read the same ones. Unknown: the most."""
+    sizes: dict[int, int] = {}
+    for settings, source in many:
+        rows = source.held_out.n_rows
+        rows = min((n for n in (rows, settings.eval.tokens) if n is not None), default=KEPT)
+        width = sum(space.d for space in source.spaces().values())
+        sizes[id(source)] = max(sizes.get(id(source), 0), 4 * rows * width)
+    return min(KEPT, max(sizes.values()))
+
+
+def stream_bytes(settings: TrainSettings, source: Source, hooks: tuple[str, ...]) -> int:
+    """Two windows as stored, a batch in fp32."""
+    snapshot, total = source.snapshot, 0
+    for hook in hooks:
+        known = snapshot.hooks.get(hook) if snapshot is not None else None
+        d = known.d if known is not None else source.train.space(hook).d
+        size = _SIZES.get(known.dtype, 4) if known is not None else 4
+        total += d * (2 * settings.stream.window_rows * size + 4 * settings.batch_tokens)
+    return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nothing uses now, on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    with suppress(OSError):  # Linux counts caches that it would give back
+        lines = dict(s.split(":") for s in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit in ("memory.max", "memory.high"):  # a container may have less
+        with suppress(OSError, ValueError):
+            most = int((Path("/sys/fs/cgroup") / limit).read_text())
+            used = int((Path("/sys/fs/cgroup") / "memory.current").read_text())
+            free = min(free, max(0, most - used))
+    return free
+
+
+def limit_bytes(settings: TrainSettings, device: torch.device) -> int:
+    """What a group may take: `fused.memory_gb`, or 80 % of what is free."""
+    asked = settings.fused.memory_gb
+    return int(0.8 * free_bytes(device)) if asked is None else int(asked * 1e9)
+
+
+def gb(size: float) -> str:
+    """Bytes as text, in 1e9."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def _hollow(settings: TrainSettings, source: Source) -> SAE:
+    """The SAE without its memory, where its class allows that."""
+    spaces = source.spaces()
+    meta = {h: replace(s, mean=s.mean.to("meta")) for h, s in spaces.items()}
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        return make_sae(settings.sae, meta, settings.saes_path)
+    return make_sae(settings.sae, spaces, settings.saes_path)
+
+
+def probe(settings: TrainSettings, source: Source, device: torch.device, steps: int = 3) -> float:
+    """Seconds of a training step: the median of `steps`, after one that warms up.
+
+    Needs the memory of the run. The rows are random, with the mean and length of the store's.
+    """
+    trainer = Trainer(settings, source, device)
+    rows: dict[str, Any] = {}
+    for hook, space in source.spaces().items():
+        noise = torch.randn(settings.batch_tokens, space.d) * (space.variance / space.d) ** 0.5
+        rows[hook] = (space.mean + noise).to(device)
+    empty = np.zeros(settings.batch_tokens, np.int32)
+    took = []
+    for step in range(steps + 1):
+        begun = time.perf_counter()
+        trainer._train_step(Batch(rows, _no_table, empty, 0, step))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - begun)
+    return statistics.median(took[1:])
+
+
+def _no_table() -> Any:
+    raise AssertionError("random rows have no tokens")
