@@ -1,5 +1,6 @@
 """The README is true: its Python runs, its commands compose, the files it names are there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,8 +14,12 @@ from omegaconf import OmegaConf
 from stores import make_store
 
 from actcache.add_hooks import AddHooksSettings
+from actcache.cli import main as actcache_main
 from actcache.run import CacheSettings
+from actcache.store import open_store
 from actcache.store.records import build
+from actcache.store.split import doc_key
+from saetrain.cli import main as saetrain_main
 from saetrain.cli import settings_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +118,43 @@ def test_own_sae_trains_from_the_command_line(tmp_path):  # F36
     assert done.returncode == 0, done.stderr
     (sae,) = (tmp_path / "runs").glob("log_penalty-*/sae/sae.json")
     assert '"log_penalty"' in sae.read_text()
+
+
+def test_own_metric_in_a_run_and_after_it(tmp_path, monkeypatch, capsys):  # F37
+    (code,) = [b for b in blocks("python") if "my_metric.py" in b]
+    assert len(code.splitlines()) < 30
+    (tmp_path / "my_metric.py").write_text(code)
+    make_store(tmp_path / "stores" / "demo", segments=(512, 512))
+    monkeypatch.chdir(tmp_path)
+    run, again = [c for c in commands("saetrain") if "metrics_path=[my_metric.py]" in c]
+    small = ["sae.n_latents=32", "sae.k=4", "batch_tokens=64", "eval.bootstrap=5", "tokens=640"]
+    saetrain_main([*run, *small, "epochs=null", "report=false"])
+    (eval_json,) = (tmp_path / "runs").glob("topk_demo-*/eval.json")
+    first = json.loads(eval_json.read_text())["metrics"]
+    assert 0 < first["poor_rows"] <= 1
+    eval_json.unlink()
+    saetrain_main([str(eval_json.parent) if "topk_demo-…" in w else w for w in again])
+    assert json.loads(eval_json.read_text())["metrics"] == first
+    assert "poor_rows" in capsys.readouterr().out
+
+
+def test_own_data_source_from_the_command_line(tiny_host, tmp_path, monkeypatch):  # F37
+    (code,) = [b for b in blocks("python") if "my_source.py" in b]
+    assert len(code.splitlines()) < 30
+    (tmp_path / "my_source.py").write_text(code)
+    (tmp_path / "notes").mkdir()
+    texts = {f"{i}.md": f"The parser keeps {i} tokens. " * 9 for i in range(9)}
+    for name, text in texts.items():
+        (tmp_path / "notes" / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    (words,) = [c for c in commands("actcache") if "data=own" in c]
+    words = [w for w in words if w != "host=demo"]
+    small = [f"host.model={tiny_host}", "context=32", "layout.segment_rows=128", "progress=false"]
+    with pytest.raises(SystemExit) as done:
+        actcache_main([words[0], "host=local", *words[1:], *small, "hooks=resid.1"])
+    assert done.value.code == 0
+    tables = [s.tokens() for s in open_store("stores/notes").snapshot().segments]
+    assert {int(d) for t in tables for d in t.doc} == {int(doc_key(name)) for name in texts}
 
 
 def test_files_that_the_readme_names_exist():
