@@ -68,6 +68,17 @@ def firing_counts(codes: Codes) -> Tensor:
     return counts.scatter_add_(0, codes.indices.reshape(-1), fired.to(torch.int64))
 
 
+def largest_per_token(codes: Codes) -> Codes:
+    """Codes (B, F); of several rows per token, (B, rows, F), the largest value of each latent."""
+    if not isinstance(codes, SparseCodes):
+        return codes if codes.dim() == 2 else codes.amax(1)
+    if codes.values.dim() == 2:
+        return codes
+    values, indices = codes.values.flatten(1), codes.indices.flatten(1)
+    out = values.new_zeros(len(values), codes.n_latents)
+    return out.scatter_reduce_(1, indices, values, "amax")
+
+
 def topk_codes(h: Tensor, k: int) -> SparseCodes:
     """relu(topk(h)): the k largest pre-activations h (..., F), those below zero cut to 0."""
     values, indices = h.topk(k, dim=-1, sorted=False)

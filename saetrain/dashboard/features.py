@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from actcache.store import FLAG_SPECIAL, TokenTable
 from actcache.store.split import held_out
-from saetrain.codes import Codes, SparseCodes
+from saetrain.codes import Codes, SparseCodes, largest_per_token
 from saetrain.dashboard.contexts import Contexts
 from saetrain.dashboard.state import FeatureState, Peaks
 from saetrain.errors import ConfigError
@@ -110,6 +110,7 @@ def collect(
 
     `hook` are the hooks that the SAE reads. `features=None` chooses `n_features` of them by density
     (see `choose`). `max_rows` stops after the context that reaches it; None reads the whole split.
+    Of an SAE with latents for each layer of a token (mlsae) the largest counts.
     Raises HookMissingError, ConfigError if the split has no rows or a feature does not exist,
     TrainingError on non-finite activations.
     """
@@ -328,7 +329,8 @@ def _encoder(
     def of_rows(
         segment: AnySegment, tokens: TokenTable, rows: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.int64], Codes]]:
-        return ((part, sae.encode(x.to(device))) for part, x in _read(segment, hooks, rows))
+        for part, x in _read(segment, hooks, rows):
+            yield part, largest_per_token(sae.encode(x.to(device)))
 
     if unit_of(sae) == "token":
         return of_rows
