@@ -183,7 +183,7 @@ class TrainSettings:
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     early_stop: EarlyStopSettings = field(default_factory=EarlyStopSettings)
-    target_l0: float | None = None  # what a sweeper maximises: FVE at this L0, see `objective`
+    target_l0: float | None = None  # what a sweeper maximises: FVE at this L0, `outcomes.score`
     wandb: WandbSettings = field(default_factory=WandbSettings)
     runs_dir: str = "runs"
     sae_name: str | None = None  # names the run folder and travels with the SAE
