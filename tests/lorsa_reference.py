@@ -40,13 +40,11 @@ def reference_heads(
                     k = turned(x[c, s] @ w["W_K"][g] + w["b_K"][g], s, base)
                     scores.append((q * k.conj()).real.sum() / w["W_Q"].shape[-1] ** 0.5)
                 weights = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
-                for i in range(g * shared, (g + 1) * shared):
-                    moved = [
-                        a * (x[c, s] @ w["W_V"][:, i])
-                        for a, s in zip(weights, sources, strict=True)
-                    ]
-                    heads.append(sum(moved) + w["b_V"][i])
-            rows.append(torch.stack(heads))
+                own = slice(g * shared, (g + 1) * shared)
+                pairs = zip(weights, sources, strict=True)
+                moved = sum(a * (x[c, s] @ w["W_V"][:, own]) for a, s in pairs)
+                heads.append(moved + w["b_V"][own])
+            rows.append(torch.cat(heads))
         contexts.append(torch.stack(rows))
     return torch.stack(contexts)
 

@@ -99,6 +99,10 @@ class Row:
     def out_shape(self) -> tuple[int, ...]:
         return (D,)
 
+    def flat(self, h: Tensor) -> Tensor:
+        """Pre-activations (..., F) as rows (B, F)."""
+        return h.flatten(1)
+
     def norms(self, W_dec: Tensor, policy: str) -> Tensor:
         """What effective decoder rows have 1 of."""
         return W_dec.norm(dim=1)

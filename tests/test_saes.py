@@ -46,6 +46,7 @@ from saes_rows import (
 )
 from saes_rows_multi import LINKED
 from saes_rows_route import ROUTED
+from saes_rows_sequence import SEQUENCES
 from torch import Tensor
 
 from saetrain.artefact import load_sae
@@ -151,7 +152,7 @@ GROUPMAX = Row(
     reference=sae_reference(lambda h, w: groupmax_oracle(h, 4), aux_k=3),
 )
 ALONE = [TOPK, RELU, VANILLA, BATCHTOPK, JUMPRELU, GATED, MATRYOSHKA, P_ANNEAL, GROUPMAX]
-ROWS = [*ALONE, *LINKED, *ROUTED]
+ROWS = [*ALONE, *LINKED, *ROUTED, *SEQUENCES]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.more or r.name)
 with_decoder_rows = pytest.mark.parametrize(
     "row", [r for r in ROWS if r.name != "molt"], ids=lambda r: r.more or r.name
@@ -160,7 +161,12 @@ alone = pytest.mark.parametrize("row", ALONE, ids=lambda r: r.more or r.name)  #
 
 
 def gate_or_encoder_bias(sae: SAE) -> Tensor:
-    return dict(sae.named_parameters()).get("b_gate", getattr(sae, "b_enc", None))
+    known = dict(sae.named_parameters())
+    return next(known[n] for n in ("b_gate", "b_V", "b_enc") if n in known)
+
+
+def in_doubles(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x  # masks stay masks
 
 
 # -- the contract, every row -----------------------------------------------------------------------
@@ -192,7 +198,7 @@ def test_l0_law(row: Row) -> None:  # F20, F22, F44
         if row.name == "gated":
             sae.b_mag += 10  # what the gate lets through is positive
     w, x = sae.weights(), row.inputs(sae)
-    h_BF = sae.pre_activations(sae.inputs(row.acts), w).flatten(1)
+    h_BF = row.flat(sae.pre_activations(sae.inputs(row.acts), w))
     assert (l0(sae.encode(x)) < 2).any()
     assert (dense(sae.encode(x)) >= 0).all()
     row.inferred(rows_apart(sae.encode(x)), h_BF)
@@ -209,7 +215,7 @@ def test_every_loss_term_and_gradient_equals_the_reference(  # F20 F21 F22 F23 F
     sae = shake(row.make(reconstruction=kind, dead_after_tokens=50).double(), 0.3)
     sae.tokens_since_fired[::5] = 51
     w, some = weights(sae), slice(24)
-    losses = sae.losses({hook: x.double() for hook, x in row.batch(some).items()}, END)
+    losses = sae.losses({hook: in_doubles(x) for hook, x in row.batch(some).items()}, END)
     losses.total.backward()
     want = row.terms(sae, w, some, kind)
     assert list(losses.terms) == list(want)

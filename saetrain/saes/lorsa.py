@@ -152,12 +152,16 @@ class Lorsa(Linked):
         """y' of the output hook, in float32."""
         return (y.to(self.out_scale.dtype) - self.out_center) * self.out_scale
 
-    def heads(
-        self, x: Tensor, w: Weights, present: Tensor | None, document: Tensor | None
+    def pre_activations(
+        self,
+        x: Tensor,
+        w: Weights,
+        present: Tensor | None = None,
+        document: Tensor | None = None,
     ) -> Tensor:
-        """(..., T, F): what each head brings to each row of raw contexts x (..., T, D)."""
+        """(..., T, F): what each head brings to each row of standardised contexts x (..., T, D)."""
         qk = QK(self.W_Q, self.b_Q, self.W_K, self.b_K, self.cfg.rotary_base)
-        return attend(self.standardise(x), qk, w.W_enc, present, document) + w.b_enc
+        return attend(x, qk, w.W_enc, present, document) + w.b_enc
 
     def encode(
         self, x: Tensor, present: Tensor | None = None, document: Tensor | None = None
@@ -167,14 +171,14 @@ class Lorsa(Linked):
         `present` (..., T) bool: rows that may be attended to, None: all. `document` (..., T): rows
         attend within their own; None: within the context. ValueError for a single row.
         """
-        return self.activation.infer(self.heads(x, self.weights(), present, document))
+        x = self.standardise(x)
+        return self.activation.infer(self.pre_activations(x, self.weights(), present, document))
 
     def counted_heads(self, acts: Mapping[str, Tensor], w: Weights) -> Tensor:
         """(N, F): heads on the rows that count."""
-        hook = self.hooks_in[0]
-        check_contexts(acts, hook)
-        h_STF = self.heads(acts[hook], w, acts[PRESENT], acts.get(DOCUMENT))
-        return h_STF[acts[MASK]]
+        check_contexts(acts, self.hooks_in[0])
+        x = self.inputs(acts)
+        return self.pre_activations(x, w, acts[PRESENT], acts.get(DOCUMENT))[acts[MASK]]
 
     def counted_outputs(self, acts: Mapping[str, Tensor]) -> Tensor:
         """(N, E): standardised outputs of the rows that count."""
