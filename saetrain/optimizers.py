@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from saetrain.errors import ConfigError
+from saetrain.kernels.adam import Adam, AdamW
 from saetrain.optim_settings import OptimSettings
 
 Group = dict[str, Any]  # params: list of tensors, factor: float
@@ -60,12 +61,12 @@ class Signum(torch.optim.Optimizer):
 
 
 def _adam(groups: list[Group], s: OptimSettings) -> Parts:
-    return [torch.optim.Adam(groups, betas=s.betas, eps=s.eps, fused=True)]
+    return [Adam(groups, betas=s.betas, eps=s.eps, fused=True)]
 
 
 def _adamw(groups: list[Group], s: OptimSettings) -> Parts:
     decay = s.weight_decay
-    return [torch.optim.AdamW(groups, betas=s.betas, eps=s.eps, weight_decay=decay, fused=True)]
+    return [AdamW(groups, betas=s.betas, eps=s.eps, weight_decay=decay, fused=True)]
 
 
 def _signum(groups: list[Group], s: OptimSettings) -> Parts:

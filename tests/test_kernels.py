@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saetrain.init import transposed
-from saetrain.kernels import encode, latents, rows
+from saetrain.kernels import adam, encode, latents, rows
 from saetrain.kernels.decode import decode, input_bias
 from saetrain.kernels.encode import encode_topk, pieces
 from saetrain.kernels.gemm import product
@@ -208,3 +208,21 @@ def test_rows_equal_their_twins(piece: int, monkeypatch: pytest.MonkeyPatch) -> 
     want = W_FE / W_FE.square().sum(1, keepdim=True).sqrt()
     renormalise_rows_(W_FE)
     torch.testing.assert_close(W_FE, want)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_adam_in_memory_order_is_adam_to_the_bit(name: str) -> None:  # F118
+    torch.manual_seed(9)
+    start, grads = torch.randn(6, 10), torch.randn(4, 6, 10)
+    plain, ours = nn.Parameter(start.clone()), nn.Parameter(start.T.contiguous().T)
+    assert ours.stride() == (1, 6)
+    theirs = getattr(torch.optim, name)([plain, nn.Parameter(start[0])], lr=0.1, fused=True)
+    mine = getattr(adam, name)([ours, nn.Parameter(start[0])], lr=0.1, fused=True)
+    for g in grads:
+        plain.grad, ours.grad = g.clone(), g.T.contiguous().T
+        theirs.step()
+        mine.step()
+    assert torch.equal(plain, ours)
+    assert ours.stride() == (1, 6)
+    for key, value in theirs.state[plain].items():
+        assert torch.equal(value, mine.state[ours][key]), key
