@@ -1,8 +1,8 @@
 """The `saetrain` command: `saetrain KEY=VALUE …`, `saetrain -m …`, `saetrain evaluate RUN_DIR`.
 
 Hydra composes the settings and is used nowhere else; from there on it is `TrainSettings`, the same
-as in Python. Jobs of a sweep run one after the other; one that fails is reported, the others go on,
-and the exit status is 1. Ctrl-C stops the whole sweep.
+as in Python. Jobs of a sweep run one after the other, or as hydra/launcher says; one that fails is
+reported, the others go on, and the exit status is 1. Ctrl-C stops the whole sweep.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actcache.store.errors import ActcacheError
 from actcache.store.records import did_you_mean, keys_at
+from saetrain import outcomes
 from saetrain.errors import ConfigError, SaetrainError
-from saetrain.evals.run import evaluate_run, final_table, summary
-from saetrain.log import table
+from saetrain.evals.run import evaluate_run, final_table
+from saetrain.jobs import Task, train_jobs
+from saetrain.outcomes import Outcome
 from saetrain.presets import config_dir
 from saetrain.settings import TrainSettings
-from saetrain.trainer import TrainResult, train
+from saetrain.status import plan_table, status_table
+from saetrain.trainer import train
 
 EVALUATE_HELP = """saetrain evaluate RUN_DIR [store=PATH | stores.LABEL=PATH …] [eval.metrics=[NAME]]
 
@@ -38,20 +42,20 @@ Evaluates a finished run again on held-out documents and rewrites its eval.json.
   store=PATH  where the run's store is now, if it has moved; of several stores.LABEL=PATH
   eval.metrics=[NAME,…] metrics_path=[FILE,…]  also metrics of your own"""
 
+STATUS_HELP = """saetrain sweep-status DIR
 
-@dataclass
-class _Jobs:
-    """What the jobs of one command came to."""
+State, step, tokens a second, FVE and L0 of all runs below DIR, of running ones as last logged."""
 
-    done: list[tuple[str, TrainResult]] = field(default_factory=list)
-    failed: list[tuple[str, str]] = field(default_factory=list)
+# A job of a sweep: number, overrides, and how to compose its settings.
+Composed = tuple[int, tuple[str, ...], Callable[[], DictConfig]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exits with 1 on an error, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _evaluate(args[1:]) if args[:1] == ["evaluate"] else _train(args)
+        command = _COMMANDS.get(args[0]) if args else None
+        command(args[1:]) if command else _train(args)
     except (SaetrainError, ActcacheError) as e:
         _fail(str(e))
     except KeyboardInterrupt as e:
@@ -74,34 +78,92 @@ def settings_from(cfg: DictConfig) -> TrainSettings:
 
 
 def _train(args: Sequence[str]) -> None:
-    jobs, sweep = _Jobs(), False
+    record, failed = outcomes.new_record(args), list[str]()
 
-    def job(cfg: DictConfig) -> None:
-        nonlocal sweep
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        overrides = " ".join(HydraConfig.get().overrides.task)
+    def job(cfg: DictConfig) -> float:
+        """One job, here or in another process; its score. A sweep's failures go to its record."""
+        own = HydraConfig.get()
+        sweep, words = own.mode == RunMode.MULTIRUN, tuple(own.overrides.task)
+        number = own.job.num if sweep else 0
         if sweep:
-            print(f"[{HydraConfig.get().job.num}] saetrain {overrides}", file=sys.stderr)
+            print(f"[{number}] saetrain {' '.join(words)}", file=sys.stderr)
         try:
-            jobs.done.append((overrides, train(settings_from(cfg))))
+            settings = settings_from(cfg)
+            if settings.several_hooks:
+                task = Task(number=number, overrides=words, settings=lambda: settings)
+                return train_jobs([task])[0]
+            result = train(settings)
         except (SaetrainError, ActcacheError) as e:
-            jobs.failed.append((overrides, str(e)))
             print(f"error: {e}", file=sys.stderr)
+            failed.append(str(e))
+            if sweep:
+                outcomes.note(Outcome(job=number, overrides=words, reason=str(e)))
+            return outcomes.FAILED
+        score = outcomes.score(result.metrics, settings.target_l0)
+        if sweep:
+            made = Outcome(job=number, overrides=words, run_dir=str(result.run_dir), score=score)
+            outcomes.note(replace(made, target_l0=settings.target_l0))
+        return score
 
-    _hydra(job, args)
-    if sweep:
-        _print_sweep(jobs)
-    if jobs.failed:
+    def together(jobs: Sequence[Composed]) -> list[float]:
+        """All jobs of a sweep at once: hydra/launcher=fused."""
+        return train_jobs([_task(*job) for job in jobs])
+
+    job.together = together  # type: ignore[attr-defined]
+    with _environment({outcomes.RECORD: str(record)}):
+        _hydra(job, args)
+    found = outcomes.read(record)
+    if found:
+        print(outcomes.told(found))
+    if failed or any(o.run_dir is None for o in found):
         sys.exit(1)
 
 
-def _hydra(job: Callable[[DictConfig], None], args: Sequence[str]) -> None:
-    """Run `job` for every composed config; Hydra itself reads the command line from sys.argv."""
-    saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["saetrain", *args]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, we print
+def _task(number: int, overrides: tuple[str, ...], compose: Callable[[], DictConfig]) -> Task:
+    return Task(number=number, overrides=overrides, settings=lambda: settings_from(compose()))
+
+
+def _plan(args: Sequence[str]) -> None:
+    """Settings composed as for training, and nothing trained."""
+    many: list[TrainSettings] = []
+
+    def job(cfg: DictConfig) -> float:
+        many.append(settings_from(cfg))
+        return 0.0
+
+    def together(jobs: Sequence[Composed]) -> list[float]:
+        many.extend(settings_from(compose()) for _, _, compose in jobs)
+        return [0.0] * len(jobs)
+
+    job.together = together  # type: ignore[attr-defined]
+    _hydra(job, args)
+    if many:  # none where Hydra only printed help or settings
+        print(plan_table(many))
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """`values` in the environment, of this process and of those it starts, for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _hydra(job: Callable[[DictConfig], float], args: Sequence[str]) -> None:
+    """Run `job` for every composed config; Hydra itself reads the command line from sys.argv."""
+    saved = sys.argv
+    sys.argv = ["saetrain", *args]
+    try:
+        with _environment({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises instead of printing, we print
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(
+                job
+            )()
     except HydraException as e:
         raise ConfigError(_explain(e)) from None
     except ValueError as e:
@@ -110,11 +172,7 @@ def _hydra(job: Callable[[DictConfig], None], args: Sequence[str]) -> None:
         groups = ", ".join(sorted(d.name for d in config_dir().iterdir() if d.is_dir()))
         raise ConfigError(f"expected the name of a file for a group ({groups}): {e}") from None
     finally:
-        sys.argv = saved[0]
-        if saved[1] is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = saved[1]
+        sys.argv = saved
 
 
 def _explain(error: HydraException) -> str:
@@ -130,23 +188,11 @@ def _explain(error: HydraException) -> str:
     return f"{text} If it is a field that the yaml leaves out, write +{wrong[1]}=…"
 
 
-def _print_sweep(jobs: _Jobs) -> None:
-    """One row per job, named by the overrides that differ; the failed ones with their reason."""
-    everything = [*jobs.done, *jobs.failed]
-    common = set.intersection(*(set(overrides.split()) for overrides, _ in everything))
-
-    def name(overrides: str) -> str:
-        return " ".join(o for o in overrides.split() if o not in common) or overrides
-
-    rows: list[dict[str, object]] = []
-    for overrides, result in jobs.done:
-        row = summary(result.run_dir, result.metrics)
-        numbers = {key: row[key] for key in ("FVE", "L0")}
-        rows.append({"job": name(overrides), **numbers, "folder": str(result.run_dir)})
-    for overrides, reason in jobs.failed:
-        rows.append({"job": name(overrides), "FVE": "failed", "L0": None, "folder": reason})
-    print(f"\n{len(jobs.done)} of {len(rows)} jobs finished")
-    print(table(rows))
+def _status(args: Sequence[str]) -> None:
+    if len(args) != 1 or args[0].startswith("-"):
+        print(STATUS_HELP)
+        sys.exit(0 if {"-h", "--help"} & set(args) else 1)
+    print(status_table(Path(args[0])))
 
 
 def _evaluate(args: Sequence[str]) -> None:
@@ -169,6 +215,8 @@ def _evaluate(args: Sequence[str]) -> None:
     found = evaluate_run(run_dir, store, stores, metrics=metrics, metrics_path=paths)
     print(final_table(run_dir, found))
 
+
+_COMMANDS = {"evaluate": _evaluate, "plan": _plan, "sweep-status": _status}
 
 if __name__ == "__main__":
     main()

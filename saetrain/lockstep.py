@@ -28,6 +28,7 @@ from actcache.store.errors import ActcacheError
 from saetrain import checkpoint as ckpt
 from saetrain import runs
 from saetrain.errors import SaetrainError
+from saetrain.hopeless import HopelessRun
 from saetrain.interrupt import Interrupted, stop_flag
 from saetrain.kept import Kept
 from saetrain.log import Logger, say
@@ -82,8 +83,8 @@ class Job:
         )
         self.close()
 
-    def drop(self, reason: str) -> None:
-        """Let go of it; `reason` is kept in run.json, if the folder is this job's."""
+    def drop(self, reason: str, *, record: bool = True) -> None:
+        """Let go of it; `record` keeps the reason in run.json, if the folder is this job's."""
         self.reason = reason
         say(f"dropped {self.settings.run_dir.name}: {reason}")
         file = self.settings.run_dir / runs.RUN
@@ -153,6 +154,8 @@ class Lockstep:
         try:
             with job.turn(self.device):
                 do()
+        except HopelessRun as e:  # it has said so in run.json
+            job.drop(str(e), record=False)
         except (SaetrainError, ActcacheError) as e:
             job.drop(str(e))
         except Exception as e:  # noqa: BLE001  an architecture may raise anything; others go on

@@ -45,6 +45,11 @@ class _Shelf:
         self.saes = rest
         self.__post_init__()
 
+    def moved(self) -> bool:
+        """Whether something gave an encoder other memory."""
+        pairs = zip(self.saes, self.W_JDF, strict=True)
+        return any(sae.W_enc.data_ptr() != W_DF.data_ptr() for sae, W_DF in pairs)
+
     @torch.no_grad()
     def encode(self, batch: Batch) -> None:
         x_BD = self.saes[0].inputs(batch.inputs)
@@ -77,7 +82,7 @@ class Stack:
             if len(present) < 2:
                 self.shelves.remove(shelf)
                 continue
-            if len(present) < len(shelf.saes):
+            if len(present) < len(shelf.saes) or shelf.moved():
                 shelf.leave(present)
             shelf.encode(batch)
 

@@ -130,7 +130,7 @@ class Trainer:
 
     def __init__(self, settings: TrainSettings, source: Source, device: torch.device) -> None:
         self.settings, self.source, self.device = settings, source, device
-        self.n_steps = _n_steps(settings, source.train)
+        self.n_steps = n_steps(settings, source.train)
         self.sae = make_sae(settings.sae, source.spaces(), settings.saes_path).to(device)
         self.optim = Optimizer(self.sae, settings.optim, self.sae.n_latents)
         self._compute = compiled(self.sae.losses, device) if settings.compile else self.sae.losses
@@ -359,7 +359,7 @@ class Trainer:
         )
 
 
-def _n_steps(settings: TrainSettings, stream: BatchStream) -> int:
+def n_steps(settings: TrainSettings, stream: BatchStream) -> int:
     """Whole batches only: tokens // batch_tokens, or epochs * batches of an epoch."""
     if stream.batches_per_epoch == 0:
         raise ConfigError(

@@ -1,0 +1,106 @@
+"""What runs there are and where they stand: `saetrain sweep-status DIR`; what runs would need:
+`saetrain plan`.
+
+A run's state is that of run.json, except that "running" means it: a run whose folder no process
+holds was stopped, and says so. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saetrain import plan
+from saetrain.errors import ConfigError
+from saetrain.evals.run import EVAL
+from saetrain.expand import expand
+from saetrain.log import METRICS, read_metrics, table
+from saetrain.runs import LOCK, RUN, read_json
+from saetrain.settings import TrainSettings
+from saetrain.sweep import Opener, grouped
+from saetrain.trainer import n_steps
+
+
+def statuses(folder: Path) -> list[dict[str, Any]]:
+    """One row for each run below `folder`, by name. ConfigError if there is no such folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"sweep-status: {folder} is not a folder")
+    return [_status(record.parent, folder) for record in sorted(folder.rglob(RUN))]
+
+
+def _status(run_dir: Path, folder: Path) -> dict[str, Any]:
+    record, final = read_json(run_dir / RUN), read_json(run_dir / EVAL)
+    last: dict[str, Any] = {}
+    for row in read_metrics(run_dir / METRICS):
+        last |= row
+    state = str(record.get("status"))
+    if state == "running" and not _held(run_dir):
+        state = "interrupted"
+    finished = state == "finished"
+    return {
+        "run": str(run_dir.relative_to(folder)),
+        "state": state,
+        "step": last.get("step", 0),
+        "of": record.get("n_steps"),
+        "tokens/s": last.get("tokens_per_s"),
+        "FVE": final.get("fve") if finished else last.get("fve"),
+        "L0": final.get("l0") if finished else last.get("l0"),
+        "reason": record.get("reason", ""),
+    }
+
+
+def _held(run_dir: Path) -> bool:
+    """Whether a process on this machine holds the folder."""
+    lock = run_dir / LOCK
+    if not lock.exists():
+        return False
+    with lock.open() as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def status_table(folder: Path) -> str:
+    """`statuses` as text, the number of runs in each state below."""
+    rows = statuses(folder)
+    if not rows:
+        return f"no runs below {folder}"
+    counts = {s: sum(r["state"] == s for r in rows) for s in sorted({r["state"] for r in rows})}
+    return f"{table(rows)}\n\n" + ", ".join(f"{n} {state}" for state, n in counts.items())
+
+
+def plan_table(many: Sequence[TrainSettings]) -> str:
+    """Memory and hours of each run, and of all of them as a fused sweep would group them.
+
+    Raises what `train` would for settings that cannot work.
+    """
+    opener = Opener()
+    jobs = [opener.open(one) for settings in many for one in expand(settings)]
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        needed = plan.memory(job.settings, job.source)
+        step, steps = (
+            plan.probe(job.settings, job.source, job.device),
+            n_steps(job.settings, job.source.train),
+        )
+        rows.append(
+            {
+                "run": job.settings.run_name,
+                "memory": plan.gb(needed.total),
+                **{k: plan.gb(v) for k, v in vars(needed).items() if k != "held_out"},
+                "steps": steps,
+                "s/step": step,
+                "hours": round(step * steps / 3600, 4),
+            }
+        )
+    groups = grouped(jobs)
+    hours = sum(row["hours"] for row in rows)
+    return (
+        f"{table(rows)}\n\n{len(jobs)} runs, {hours:.3g} hours of training steps; "
+        f"fused: {len(groups)} group{'s' * (len(groups) > 1)} that read the store once each. "
+        "Steps were timed on random rows; reading, evaluation and reports come on top"
+    )
