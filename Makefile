@@ -53,6 +53,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 peers: $(PEERS_STAMP) .peers-streaming/.installed
 
+# Its pins exclude those of the others; its trainers run without what it pins.
+UNPINNED := dictionary-learning==0.1.0
+
 # The same torch and libraries as ours, so that the tools are compared and not their dependencies.
 $(PEERS_STAMP): peers.txt constraints.txt
 	@test -x .peers/bin/python || { echo "== creating .peers"; $(PYTHON) -m venv .peers; }
@@ -60,6 +63,7 @@ $(PEERS_STAMP): peers.txt constraints.txt
 	@$(PEERS_PIP) $(TORCH_ARGS) $(TORCH)
 	@echo "== installing peers.txt"
 	@$(PEERS_PIP) -c constraints.txt -r peers.txt
+	@$(PEERS_PIP) --no-deps $(UNPINNED)
 	@touch $@
 
 # mosaicml's streaming wants other versions of what the others share.
