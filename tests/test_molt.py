@@ -71,6 +71,7 @@ def test_planted_transforms_are_found() -> None:
     assert maps_found(sae, MAPS) > 0.95
 
 
+@pytest.mark.slow
 def test_the_presets_penalty_finds_them_too() -> None:
     penalty = {"name": "tanh", "coefficient": 0.01, "stretch": 0.25}
     sae = MOLT.make(penalty=penalty)

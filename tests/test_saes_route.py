@@ -97,8 +97,6 @@ def test_terms_and_gradients_of_the_papers_loss(row: Any, name: str) -> None:  #
     for term, value in want.items():
         torch.testing.assert_close(losses.terms[term], value, rtol=1e-4, atol=1e-7)
     sum(want.values()).backward()
-    for p in sae.parameters():
-        assert p.grad is not None
     for n, p in sae.named_parameters():
         torch.testing.assert_close(p.grad, w[n].grad, rtol=1e-3, atol=1e-6)
 
@@ -161,7 +159,10 @@ LEARNERS: dict[str, dict[str, Any]] = {
 }
 
 
-def shares_after(values: Mapping[str, Any], sparse: int, steps: int = 500) -> Tensor:
+RARE = ("hard_mean", "scaled")  # tried with the slow tests
+
+
+def shares_after(values: Mapping[str, Any], sparse: int, steps: int = 400) -> Tensor:
     """Each layer's share of the routing on the planted data after a short training."""
     acts = layers_of_one_kind(2048, 16, sparse=sparse, n_layers=4)
     torch.manual_seed(0)
@@ -172,13 +173,15 @@ def shares_after(values: Mapping[str, Any], sparse: int, steps: int = 500) -> Te
     return sae.to_inference().layer_shares(torch.stack(list(acts.values()), 1)).mean(0)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in RARE)) for n in LEARNERS]
+)
 def test_the_router_finds_the_sparse_layer_among_noise(name: str) -> None:  # F25
     shares = shares_after(LEARNERS[name], sparse=2)
     assert shares[1] > 0.7, shares.tolist()
 
 
-@pytest.mark.parametrize("sparse", [1, 4])
+@pytest.mark.parametrize("sparse", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_it_does_so_wherever_the_sparse_layer_is(sparse: int) -> None:  # F25
     assert shares_after({}, sparse)[sparse - 1] > 0.9
 
@@ -353,13 +356,16 @@ def test_bfloat16_is_close_wherever_the_same_latents_fire(row: Any, tmp_path: Pa
     assert (want - got).norm() < 0.01 * want.norm()
 
 
-def test_what_was_planted_is_found() -> None:  # F25, F26
-    for row in (ROUTE, SOFT, ROUTE_MATRYOSHKA, MLSAE):
-        sae = row.make(**({"group_sizes": (32, 16)} if row is ROUTE_MATRYOSHKA else {}))
-        assert recovery(sae, TRUE) < 0.6
-        losses = train(sae, 500, row.acts)
-        assert losses[-1] < 0.3 * losses[0], row.name
-        assert recovery(sae, TRUE) > 0.9, row.name
+SLOW = [pytest.param(row, marks=pytest.mark.slow) for row in (SOFT, ROUTE_MATRYOSHKA)]
+
+
+@pytest.mark.parametrize("row", [ROUTE, MLSAE, *SLOW], ids=lambda r: r.more or r.name)
+def test_what_was_planted_is_found(row: Any) -> None:  # F25, F26
+    sae = row.make(**({"group_sizes": (32, 16)} if row is ROUTE_MATRYOSHKA else {}))
+    assert recovery(sae, TRUE) < 0.6
+    losses = train(sae, 400, row.acts)
+    assert losses[-1] < 0.3 * losses[0]
+    assert recovery(sae, TRUE) > 0.9
 
 
 # -- MLSAE -----------------------------------------------------------------------------------------
