@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from actcache.store.errors import ActcacheError
 from actcache.store.records import did_you_mean, keys_at
 from saetrain import outcomes
+from saetrain.dashboard.sweep import write_sweep
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.evals.run import evaluate_run, final_table
 from saetrain.jobs import Task, train_jobs
@@ -35,7 +36,8 @@ from saetrain.settings import TrainSettings
 from saetrain.status import plan_table, status_table
 from saetrain.trainer import train
 
-EVALUATE_HELP = """saetrain evaluate RUN_DIR [store=PATH | stores.LABEL=PATH …] [eval.metrics=[NAME]]
+EVALUATE_HELP = """saetrain evaluate RUN_DIR [store=PATH | stores.LABEL=PATH …]
+                          [eval.metrics=[NAME,…]] [metrics_path=[FILE,…]]
 
 Evaluates a finished run again on held-out documents and rewrites its eval.json.
   RUN_DIR     a run folder, such as runs/topk_demo-1a2b3c4d
@@ -45,6 +47,12 @@ Evaluates a finished run again on held-out documents and rewrites its eval.json.
 STATUS_HELP = """saetrain sweep-status DIR
 
 State, step, tokens a second, FVE and L0 of all runs below DIR, of running ones as last logged."""
+
+REPORT_HELP = """saetrain report DIR
+
+Writes DIR/sweep.html for all runs below DIR: a sortable table of what differs, any two numbers
+against each other with the best trade-off, curves, and links to the page of each run. Opens from
+disk."""
 
 # A job of a sweep: number, overrides, and how to compose its settings.
 Composed = tuple[int, tuple[str, ...], Callable[[], DictConfig]]
@@ -195,6 +203,13 @@ def _status(args: Sequence[str]) -> None:
     print(status_table(Path(args[0])))
 
 
+def _report(args: Sequence[str]) -> None:
+    if len(args) != 1 or args[0].startswith("-"):
+        print(REPORT_HELP)
+        sys.exit(0 if {"-h", "--help"} & set(args) else 1)
+    print(f"wrote {write_sweep(Path(args[0]))}")
+
+
 def _evaluate(args: Sequence[str]) -> None:
     if not args or {"-h", "--help"} & set(args):
         print(EVALUATE_HELP)
@@ -216,7 +231,7 @@ def _evaluate(args: Sequence[str]) -> None:
     print(final_table(run_dir, found))
 
 
-_COMMANDS = {"evaluate": _evaluate, "plan": _plan, "sweep-status": _status}
+_COMMANDS = {"evaluate": _evaluate, "plan": _plan, "report": _report, "sweep-status": _status}
 
 if __name__ == "__main__":
     main()

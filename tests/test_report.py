@@ -352,5 +352,5 @@ def check_text(found: Page) -> None:
 def test_static_files_are_small_and_in_the_package() -> None:
     static = files("saetrain.dashboard") / "static"
     lines = {p.name: len(p.read_text("utf-8").splitlines()) for p in static.iterdir()}
-    assert set(lines) == {"report.html", "report.css", "report.js"}
+    assert set(lines) == {f"{n}.{e}" for n in ("report", "sweep") for e in ("html", "css", "js")}
     assert max(lines.values()) < 300

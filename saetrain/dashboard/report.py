@@ -65,7 +65,7 @@ def write_report(
     features = None
     if snapshot is not None:
         features = _features(run_dir, config, run, snapshot, progress)
-        _write(run_dir / "features.json", json.dumps(features, allow_nan=False))
+        write_text(run_dir / "features.json", json.dumps(features, allow_nan=False))
     data = {
         "title": run_dir.resolve().name,
         "facts": _facts(config, run, scores),
@@ -80,7 +80,7 @@ def write_report(
             for row in _flat({k: v for k, v in record.items() if k not in _PATHS}, name)
         ],
     }
-    return _write(run_dir / "report.html", page(data))
+    return write_text(run_dir / "report.html", page(data))
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -91,7 +91,7 @@ def page(data: Mapping[str, Any]) -> str:
         "css": (static / "report.css").read_text("utf-8"),
         "js": (static / "report.js").read_text("utf-8"),
         # ASCII, and no '<': neither </script> nor <!-- nor U+2028 can occur.
-        "data": json.dumps(_plain(data), allow_nan=False).replace("<", "\\u003c"),
+        "data": json.dumps(plain(data), allow_nan=False).replace("<", "\\u003c"),
     }
     template = (static / "report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], template)  # one pass: values stay as is
@@ -369,12 +369,12 @@ def _int(value: Any) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` for strict JSON: a number that is not finite becomes its name, such as 'nan'."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     return value
@@ -389,7 +389,7 @@ def _need(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
     """Replace `path` in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
