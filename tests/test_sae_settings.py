@@ -159,7 +159,7 @@ def test_presets_in_python_are_those_of_the_command() -> None:
     for name in presets.names():
         values = presets.preset(name)
         assert make_config({"name": name}) == make_config(values), name
-        assert make_config({"name": name, "n_latents": 99}).n_latents == 99
+        assert make_config({"name": name, "n_latents": 192}).n_latents == 192
         assert make_config({"name": name, "expansion_factor": 3}).n_latents is None
 
 

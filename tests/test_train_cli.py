@@ -84,8 +84,8 @@ def test_no_folder_of_conf_has_the_name_of_a_plain_setting() -> None:
 @pytest.mark.parametrize("path", YAML["sae"], ids=lambda p: p.stem)
 def test_every_architecture_composes(path: Path) -> None:
     cfg = make_config(composed("store=x", "epochs=1", f"sae={path.stem}").sae)
-    given = make_config(composed("store=x", "epochs=1", f"sae={path.stem}", "sae.n_latents=99").sae)
-    assert (cfg.n_latents, given.n_latents) == (4096, 99)
+    given = make_config(composed("store=x", "epochs=1", f"sae={path.stem}", "sae.n_latents=192").sae)
+    assert (cfg.n_latents, given.n_latents) == (4096, 192)
 
 
 @pytest.mark.parametrize(
