@@ -7,7 +7,6 @@ this package knows its interface (`saetrain.stream.live.Capture`) and nothing of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ import torch
 
 from saetrain.errors import ConfigError
 from saetrain.log import say
-from saetrain.runs import Source
+from saetrain.runs import Source, renamed
 from saetrain.saes import make_config
 from saetrain.settings import TrainSettings
 from saetrain.stream.capture import Calibration, Capture
@@ -37,12 +36,7 @@ def open_live(settings: TrainSettings, device: torch.device) -> tuple[TrainSetti
     hooks_in, hooks_out = config.hooks(settings.hook)
     capture = open_capture(settings, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
     names = capture.names
-    sae = dict(settings.sae)
-    for name in config.HOOK_FIELDS:
-        value = getattr(config, name)
-        if value is not None:
-            sae[name] = names[value] if isinstance(value, str) else [names[v] for v in value]
-    settings = replace(settings, hook=names.get(settings.hook, settings.hook), sae=sae)
+    settings = renamed(settings, lambda hook: names.get(hook, hook))
     _say_needless(settings)
     train, held_out = _streams(settings, capture, device)
     source = Source(

@@ -12,7 +12,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -134,18 +134,24 @@ def _open(path: str, settings: TrainSettings) -> Store:
 
 def resolve(settings: TrainSettings, snapshot: Readable) -> TrainSettings:
     """Settings with hooks by their stored names. HookMissingError lists the hooks there are."""
+    return renamed(settings, snapshot.resolve_hook)
+
+
+def renamed(settings: TrainSettings, stored: Callable[[str], str]) -> TrainSettings:
+    """Settings with every hook by its `stored` name."""
     config = make_config(settings.sae, settings.saes_path)
     sae = dict(settings.sae)
     for name in config.HOOK_FIELDS:
         value = getattr(config, name)
         if isinstance(value, str):
-            sae[name] = snapshot.resolve_hook(value)
+            sae[name] = stored(value)
         elif value is not None:
-            sae[name] = [snapshot.resolve_hook(hook) for hook in value]
+            sae[name] = [stored(hook) for hook in value]
     if not config.NAMES_INPUTS:
-        return replace(settings, hook=snapshot.resolve_hook(settings.hook), sae=sae)
+        return replace(settings, hook=stored(settings.hook), sae=sae)
     first = make_config(sae, settings.saes_path).hooks(settings.hook)[0]
-    if settings.hook not in (TrainSettings.hook, first[0]):
+    listed = getattr(config, "hooks_in", None)  # else `hook` says of which kind they are
+    if listed and settings.hook not in (TrainSettings.hook, first[0]):
         say(f"hook={settings.hook} has no effect: sae.name={sae['name']} reads {', '.join(first)}")
     return replace(settings, hook=first[0], sae=sae)  # names the run
 

@@ -17,12 +17,14 @@ from saes_reference import space_of
 from saes_rows_multi import BOTH, CROSSCODER, SKIP
 from stores import make_store
 from test_train_cli import only_run, run
+from training import interrupted, planted_store, same, settings
 
 from actcache.host import HostSettings, new_causal_lm
 from actcache.run import CacheSettings
 from actcache.run import run as cache
 from actcache.sources import DataSettings
 from actcache.store import open_store
+from saetrain import train
 from saetrain.artefact import Inference, load_sae
 from saetrain.codes import dense
 from saetrain.dashboard.features import collect
@@ -146,6 +148,24 @@ def held_out_rows(sae: Inference, joined: bool) -> tuple[torch.Tensor, torch.Ten
 def fve(y: torch.Tensor, got: torch.Tensor) -> float:
     y, got = y.double(), got.double()
     return float(1 - (y - got).square().sum() / (y - y.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("name", ["crosscoder", "clt", "transcoder"])
+def test_a_run_stopped_halfway_ends_with_the_same_weights(tmp_path: Path, name: str) -> None:
+    hooks = ("resid_pre.0", "resid_pre.1", "mlp.0", "mlp.1")
+    planted_store(tmp_path / "store", hooks=hooks, segments=(1024,))
+    several = {"hooks_in": hooks[:2]} | ({"hooks_out": hooks[2:]} if name == "clt" else {})
+    sae = {"name": name, "n_latents": 32} | (
+        {"hook_out": "mlp.1", "k": 4} if name == "transcoder" else several
+    )
+    changes = {"sae": sae, "hook": hooks[0], "precision": "bf16"}
+    whole, halved = (
+        settings(tmp_path / "store", tmp_path / folder, **changes) for folder in ("a", "b")
+    )
+    train(whole)
+    interrupted(halved, 11)
+    train(halved)
+    same(whole.run_dir, halved.run_dir)
 
 
 # -- scores ----------------------------------------------------------------------------------------
