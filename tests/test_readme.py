@@ -62,7 +62,8 @@ def test_actcache_find_and_add_hooks_compose():  # F108 F109
 
 
 def test_saetrain_commands_compose():
-    runs = [c for c in commands("saetrain") if c[0] != "evaluate"]
+    lines = [c for c in commands("saetrain") if c[0] not in ("evaluate", "sweep-status")]
+    runs = [c[1:] if c[0] == "plan" else c for c in lines]
     assert len(runs) >= 4
     for overrides in runs:
         words = [re.sub(r"=(\w+)(,\w+)+$", r"=\1", w) for w in overrides if w != "-m"]
