@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,37 @@ def test_stacked_encoders_equal_single_runs_within_rounding(
         shared = outcome.settings.sae.get("k") in (4, 2)
         assert torch.equal(a["W_enc"], b["W_enc"]) != shared
     assert "2 of 5 encoders in common products" in capsys.readouterr().err
+
+
+def test_each_job_has_a_wandb_run_of_its_own(store: Path, tmp_path: Path, monkeypatch) -> None:
+    # F116
+    class Run:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+            self.open = True
+
+        def log(self, data, step) -> None:
+            assert self.open
+            self.steps.append(step)
+
+        def finish(self) -> None:
+            self.open = False
+
+    made: list[tuple[dict, Run]] = []
+
+    class Stub:
+        @staticmethod
+        def init(**kw) -> Run:
+            made.append((kw, Run()))
+            return made[-1][1]
+
+    monkeypatch.setitem(sys.modules, "wandb", Stub)
+    both = [
+        settings(store, tmp_path, sae=SAE | {"k": k}, wandb={"mode": "offline"}, tokens=64 * t)
+        for k, t in ((2, 8), (3, 12))
+    ]
+    train_together(both)
+    assert {kw["reinit"] for kw, _ in made} == {"create_new"}  # several open in one process
+    assert len({kw["id"] for kw, _ in made}) == len({kw["dir"] for kw, _ in made}) == 2
+    assert [run.steps for _, run in made] == [[4, 8, 8], [4, 8, 12, 12]]
+    assert not any(run.open for _, run in made)

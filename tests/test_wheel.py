@@ -69,3 +69,9 @@ def test_command_runs_from_the_wheel(command: str, python: Path, tmp_path: Path)
     text = run(python.parent / command, "--help", cwd=tmp_path)
     assert command in text
     assert list(tmp_path.iterdir()) == []  # help leaves no output folder behind
+
+
+def test_the_wheel_brings_the_fused_launcher(python: Path, tmp_path: Path) -> None:  # F116
+    words = ("hydra/launcher=fused", "--cfg", "hydra", "-p", "hydra.launcher")
+    text = run(python.parent / "saetrain", *words, cwd=tmp_path)
+    assert "hydra_plugins.saetrain_fused.launcher.FusedLauncher" in text
