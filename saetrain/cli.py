@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from actcache.store.errors import ActcacheError
 from actcache.store.records import did_you_mean, keys_at
 from saetrain import outcomes
+from saetrain.dashboard.plots import write_plots
 from saetrain.dashboard.sweep import write_sweep
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.evals.run import evaluate_run, final_table
@@ -53,6 +54,19 @@ REPORT_HELP = """saetrain report DIR
 Writes DIR/sweep.html for all runs below DIR: a sortable table of what differs, any two numbers
 against each other with the best trade-off, curves, and links to the page of each run. Opens from
 disk."""
+
+PLOTS_HELP = """saetrain plots RUN_DIR
+
+Writes the curves and the density histogram of a run as PNG files into RUN_DIR/plots."""
+
+# Hydra plugins that files in conf/ build on: what they name -> where it comes from.
+PLUGINS = {
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/submitit": "hydra-submitit-launcher",
+    "hydra/launcher/ray": "hydra-ray-launcher",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
+    "hydra/sweeper/sampler/tpe": "hydra-optuna-sweeper",
+}
 
 # A job of a sweep: number, overrides, and how to compose its settings.
 Composed = tuple[int, tuple[str, ...], Callable[[], DictConfig]]
@@ -185,6 +199,10 @@ def _hydra(job: Callable[[DictConfig], float], args: Sequence[str]) -> None:
 
 def _explain(error: HydraException) -> str:
     """Hydra's message; for an unknown key, the known ones instead of advice to append it."""
+    for plugin, package in PLUGINS.items():
+        if plugin in str(error) and "Could not" in str(error):
+            first = str(error).splitlines()[0]
+            return f"{first} It comes with another package: pip install {package}"
     wrong = re.match(r"Could not override '([^']+)'", str(error))
     if wrong is None or not isinstance(error.__cause__, OmegaConfBaseException):
         return str(error)
@@ -201,6 +219,14 @@ def _status(args: Sequence[str]) -> None:
         print(STATUS_HELP)
         sys.exit(0 if {"-h", "--help"} & set(args) else 1)
     print(status_table(Path(args[0])))
+
+
+def _plots(args: Sequence[str]) -> None:
+    if len(args) != 1 or args[0].startswith("-"):
+        print(PLOTS_HELP)
+        sys.exit(0 if {"-h", "--help"} & set(args) else 1)
+    for file in write_plots(Path(args[0])):
+        print(f"wrote {file}")
 
 
 def _report(args: Sequence[str]) -> None:
@@ -231,7 +257,13 @@ def _evaluate(args: Sequence[str]) -> None:
     print(final_table(run_dir, found))
 
 
-_COMMANDS = {"evaluate": _evaluate, "plan": _plan, "report": _report, "sweep-status": _status}
+_COMMANDS = {
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "plots": _plots,
+    "report": _report,
+    "sweep-status": _status,
+}
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from training import planted_store
 
 from saetrain import outcomes
+from saetrain.cli import main
 from saetrain.outcomes import Outcome
 from saetrain.presets import config_dir
 
@@ -82,6 +84,14 @@ def test_every_launcher_composes(name: str) -> None:
     own.pop("defaults")
     assert PLUGINS[name] in found._target_
     assert {k: found[k] for k in own} == own
+
+
+def test_a_missing_plugin_is_named(capsys) -> None:
+    if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None:
+        pytest.skip("Ray is installed here: nothing is missing")
+    with pytest.raises(SystemExit):
+        main(["+experiment=topk_demo", "hydra/launcher=ray_cluster"])
+    assert "pip install hydra-ray-launcher" in capsys.readouterr().err
 
 
 # F117: submitit's local executor and joblib run, each job in a process of its own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -85,7 +86,9 @@ def test_no_folder_of_conf_has_the_name_of_a_plain_setting() -> None:
 @pytest.mark.parametrize("path", YAML["sae"], ids=lambda p: p.stem)
 def test_every_architecture_composes(path: Path) -> None:
     cfg = make_config(composed("store=x", "epochs=1", f"sae={path.stem}").sae)
-    given = make_config(composed("store=x", "epochs=1", f"sae={path.stem}", "sae.n_latents=192").sae)
+    given = make_config(
+        composed("store=x", "epochs=1", f"sae={path.stem}", "sae.n_latents=192").sae
+    )
     own = yaml.safe_load(path.read_text())["n_latents"]
     assert (cfg.n_latents, given.n_latents) == (own, 192)
 
@@ -163,6 +166,9 @@ def test_a_process_trains_without_transformers(here: Path) -> None:  # F102, F12
     assert "train topk_demo-" in done.stderr
     assert "tok/s" in done.stderr
     assert "100%" in done.stderr
+    for what in ("train topk_demo-", "evaluate", "fit PCA"):  # done<left, rate
+        bar = rf"{what}[^\r\n]*\[\d\d:\d\d<[\d:?]+, [^\r\n]*tok/s"
+        assert re.search(bar, done.stderr), (what, done.stderr)
     assert list(only_run().glob("wandb/offline-run-*/*.wandb"))
     assert not (here / "outputs").exists()
     assert not (here / ".hydra").exists()
