@@ -16,6 +16,7 @@ from test_lorsa import IN, OUT, X, Y, make
 from torch import Tensor
 from training import interrupted, same
 
+from actcache.data import PackSettings
 from actcache.run import run as cache
 from actcache.store import open_store
 from saetrain.artefact import load_sae
@@ -25,6 +26,7 @@ from saetrain.errors import ConfigError
 from saetrain.settings import TrainSettings
 from saetrain.stream import SequenceStream, Stream
 from saetrain.trainer import train
+from saetrain.units import DOCUMENT
 
 WORDS = (
     f"hook={IN}",
@@ -49,22 +51,25 @@ def command(*words: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("order", ["context", "permuted"])
+@pytest.mark.parametrize(("order", "across"), [("context", False), ("permuted", True)])
 def test_it_trains_on_real_contexts_from_the_command_line(  # F59
-    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, order: str
+    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, across: bool
 ) -> None:
-    """What attention of a real host adds is predicted from what it reads, on held-out rows."""
+    """What attention of a real host adds is predicted from what it reads, on held-out rows.
+
+    From the first store by a host that kept packed documents apart, which the Lorsa does, too.
+    """
     monkeypatch.chdir(tmp_path)
-    cache(asked(hooks=(f"gpt_neox.{IN}", OUT), layout=replace(SMALL, order=order)))
+    pack = PackSettings(attend_across_documents=across)
+    wanted = asked(hooks=(f"gpt_neox.{IN}", OUT), layout=replace(SMALL, order=order), pack=pack)
+    snapshot = cache(wanted).store.snapshot()
     assert command("store=store", "epochs=12", *WORDS) == 0
     (run_dir,) = (p.parent for p in Path("runs").rglob("run.json"))
     scores = json.loads((run_dir / "eval.json").read_text())
     assert scores["fve"] > 0.3
     assert 0 < scores["l0"] <= 8
     held_out = SequenceStream(
-        cache(
-            asked(hooks=(f"gpt_neox.{IN}", OUT), layout=replace(SMALL, order=order))
-        ).store.snapshot(),
+        snapshot,
         (IN, OUT),
         batch_sequences=2,
         split="held_out",
@@ -74,7 +79,9 @@ def test_it_trains_on_real_contexts_from_the_command_line(  # F59
     sae, wrong, about, fires = load_sae(run_dir / "sae"), 0.0, [], 0
     by_context: dict[tuple[int, int], Tensor] = {}
     for found in held_out.one_pass():  # by hand
-        codes = sae.encode(found.acts[IN], found.present)
+        assert (DOCUMENT in found.inputs) is not across
+        document = None if across else torch.from_numpy(found.tokens.doc.view("int64"))
+        codes = sae.encode(found.acts[IN], found.present, document)
         y = found.acts[OUT][found.mask].double()
         wrong += (y - sae.decode(codes)[found.mask]).square().sum().item()
         about.append(y)
@@ -96,7 +103,6 @@ def test_it_trains_on_real_contexts_from_the_command_line(  # F59
             got = torch.tensor([a or 0.0 for a in example["act"]])
             mine = torch.tensor([a is not None for a in example["act"]])
             torch.testing.assert_close(got[mine], want[: len(got)][mine], rtol=1e-2, atol=1e-3)
-    capsys.readouterr()
     assert command("evaluate", str(run_dir)) == 0
     assert json.loads((run_dir / "eval.json").read_text()) == scores
 
