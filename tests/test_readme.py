@@ -62,7 +62,8 @@ def test_actcache_find_and_add_hooks_compose():  # F108 F109
 
 
 def test_saetrain_commands_compose():
-    lines = [c for c in commands("saetrain") if c[0] not in ("evaluate", "sweep-status")]
+    others = ("evaluate", "plots", "report", "sweep-status")
+    lines = [c for c in commands("saetrain") if c[0] not in others]
     runs = [c[1:] if c[0] == "plan" else c for c in lines]
     assert len(runs) >= 4
     for overrides in runs:
