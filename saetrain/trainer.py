@@ -28,7 +28,7 @@ from saetrain.hopeless import HopelessRun
 from saetrain.interrupt import Interrupted, stop_flag
 from saetrain.log import Logger, say
 from saetrain.micro import backward
-from saetrain.optim import Optimizer, schedule_factor
+from saetrain.optim import Optimizer, advice, schedule_factor
 from saetrain.runs import BatchStream, Source
 from saetrain.saes import make_sae
 from saetrain.saes.base import Losses, Progress
@@ -100,6 +100,8 @@ def running(trainer: Trainer, record: Mapping[str, Any], *, bar: bool = True) ->
         runs.write_json(settings.run_dir / runs.RUN, {**record, "status": "running"})
         trainer.resume()
         trainer.warn_if_none_can_die()
+        if (word := advice(settings.optim, settings.schedule)) is not None:
+            say(word)
         with trainer.logger(bar=bar) as logger:
             yield logger
 

@@ -200,6 +200,14 @@ def test_every_optimizer_learns_and_resumes(optim: dict, store: Path, tmp_path: 
     assert whole.metrics["fve"] > 0.1
 
 
+def test_schedule_free_with_a_decay_is_told(store: Path, tmp_path: Path, capsys) -> None:
+    optim = {"name": "schedulefree"}
+    train(settings(store, tmp_path, optim=optim, tokens=64 * 2))
+    assert "schedule=constant is meant for it" in capsys.readouterr().err
+    train(settings(store, tmp_path, optim=optim, tokens=64, schedule={"decay_fraction": 0.0}))
+    assert "schedule=constant" not in capsys.readouterr().err
+
+
 def test_a_run_saves_and_evaluates_the_average(store: Path, tmp_path: Path) -> None:
     """The saved decoder is the mean of what training held, rows of length 1 again."""
     optim = {"lr": 3e-3, "ema_decay": 0.9}
