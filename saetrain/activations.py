@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from saetrain.codes import Codes, SparseCodes, dense, groupmax_codes, jumprelu_codes, topk_codes
+from saetrain.codes import Codes, SparseCodes, groupmax_codes, jumprelu_codes, topk_codes
 from saetrain.errors import ConfigError
 
 InferenceName = Literal["relu", "topk", "jumprelu", "groupmax"]
@@ -217,8 +217,7 @@ class BatchTopK(Activation):
 
     def select(self, h: Tensor) -> Tensor:
         f = h.relu()
-        tokens = f.shape[:-1].numel()
-        keep = min(max(1, round(self.cfg.k * tokens)), f.numel())
+        keep = self.keep(f.shape[:-1].numel())
         chosen = f.detach().reshape(-1).topk(keep, sorted=False).indices
         mask = torch.zeros(f.numel(), dtype=torch.bool, device=f.device)
         mask[chosen] = True
@@ -227,10 +226,15 @@ class BatchTopK(Activation):
     def form(self) -> Form:
         return Form(activation="jumprelu", threshold=self.threshold.expand(self.n_latents).clone())
 
+    def keep(self, tokens: int) -> int:
+        """How many latents fire in a batch of so many tokens."""
+        wanted: int = round(self.cfg.k * tokens)
+        return min(max(1, wanted), tokens * self.n_latents)
+
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:
         """Average the smallest kept value in; a batch in which nothing fired leaves it alone."""
-        f = dense(codes).to(torch.float32)
+        f = (codes.values if isinstance(codes, SparseCodes) else codes).to(torch.float32)
         least = f.masked_fill(f <= 0, math.inf).amin()
         decay = torch.where(self.observed == 0, 0.0, self.cfg.threshold_decay)
         moved = torch.where(least.isfinite(), self.threshold.lerp(least, 1 - decay), self.threshold)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import decode as kernels_decode
+from saetrain.kernels.batchtopk import encode_batchtopk
 from saetrain.kernels.decode import decode
 from saetrain.kernels.encode import encode_topk
 
@@ -27,13 +28,13 @@ class SparseCodes:
     """At most K non-zero latents per token. A slot with value 0 is an unused slot."""
 
     values: Tensor  # (..., K), non-negative
-    indices: Tensor  # (..., K), int64 in [0, n_latents), distinct within a token
+    indices: Tensor  # (..., K), int64 in [0, n_latents), distinct where values are not 0
     n_latents: int
 
     def dense(self) -> Tensor:
         """(..., F) with zeros elsewhere. Costs batch x latents memory."""
         out = self.values.new_zeros(*self.values.shape[:-1], self.n_latents)
-        return out.scatter_(-1, self.indices, self.values)
+        return out.scatter_add_(-1, self.indices, self.values)
 
 
 Codes = Tensor | SparseCodes
@@ -121,6 +122,26 @@ def select_topk(
     if dead_F is None:
         k_aux = 0
     codes, aux = encode_topk(x_BD, W_enc_DF, b_enc_F, k, dead_F, k_aux, _autocast(x_BD), product_BF)
+    n_latents = W_enc_DF.shape[1]
+    return SparseCodes(*codes, n_latents), SparseCodes(*aux, n_latents) if k_aux else None
+
+
+def select_batchtopk(
+    x_BD: Tensor,
+    W_enc_DF: Tensor,
+    b_enc_F: Tensor,
+    keep: int,
+    dead_F: Tensor | None = None,
+    k_aux: int = 0,
+) -> tuple[SparseCodes, SparseCodes | None]:
+    """relu of the `keep` largest pre-activations of all tokens, as `select_topk` otherwise.
+
+    Slots of value 0 may repeat a latent. For the CPU: elsewhere its width would be waited for.
+    """
+    if x_BD.requires_grad:
+        raise ValueError("select_batchtopk gives no gradient to its input: use BatchTopK.select")
+    k_aux = 0 if dead_F is None else k_aux
+    codes, aux = encode_batchtopk(x_BD, W_enc_DF, b_enc_F, keep, dead_F, k_aux, _autocast(x_BD))
     n_latents = W_enc_DF.shape[1]
     return SparseCodes(*codes, n_latents), SparseCodes(*aux, n_latents) if k_aux else None
 

@@ -22,8 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from saetrain import init
-from saetrain.activations import ActivationConfig, TopK, make_activation
-from saetrain.codes import Codes, SparseCodes, decode_codes, input_bias, select_topk, topk_codes
+from saetrain.activations import ActivationConfig, BatchTopK, TopK, make_activation
+from saetrain.codes import (
+    Codes,
+    SparseCodes,
+    decode_codes,
+    input_bias,
+    select_batchtopk,
+    select_topk,
+    topk_codes,
+)
 from saetrain.errors import ConfigError
 from saetrain.losses import auxk, reconstruction
 from saetrain.penalties import PenaltyConfig, make_penalty
@@ -201,6 +209,10 @@ class Dictionary(SAE):
         needs_pre = self.penalty is not None and self.penalty.needs_pre
         if isinstance(self.activation, TopK) and not needs_pre:
             return self._pick_topk(x_BD, w.W_enc, bias_F, self.activation.cfg.k)
+        if isinstance(self.activation, BatchTopK) and not needs_pre and x_BD.device.type == "cpu":
+            keep, dead_F = self.activation.keep(len(x_BD)), self._aux_candidates()
+            codes, aux = select_batchtopk(x_BD, w.W_enc, bias_F, keep, dead_F, self.aux_k)
+            return Picked(codes, None, aux, dead_F)
         h_BF = x_BD @ w.W_enc + bias_F
         aux, dead_F = self.pick_dead(h_BF)
         return Picked(self.activation.select(h_BF), h_BF, aux, dead_F)

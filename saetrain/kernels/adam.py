@@ -3,7 +3,8 @@
 The fused step reads memory from front to back; what has other strides, such as an encoder stored
 one latent after the other, it copies to that order and back, parameter, gradient and both moments:
 twice the time of the step. Adam is elementwise, so it is given views in the order of memory
-instead. Plain twin: torch.optim.Adam(fused=True), equal to the bit.
+instead. Plain twin: torch.optim.Adam(fused=True), equal up to the rounding of the last few elements
+of a tensor, which the vectorised loop does not reach.
 
 Fusing the projection and the renormalisation of the decoder into the same pass was measured and
 left out: see docs/LOG.md.

@@ -16,6 +16,7 @@ Plain twin: `saetrain.codes.topk_codes(x @ W + b, k)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,8 +47,28 @@ def encode_topk(
 
     `product_BF` is x @ W where the caller has it already; it is overwritten.
     """
-    args = (x_BD, W_DF, b_F, k, dead_F, k_aux, bf16, product_BF)
-    out = _EncodeTopK.apply(*args)  # type: ignore[no-untyped-call]
+
+    def select() -> list[Tensor]:
+        if product_BF is not None:
+            one: _Full = _Given(x_BD, W_DF, b_F, product_BF)
+        else:
+            one = (_Half if bf16 else _Full)(x_BD, W_DF, b_F)
+        parts = pieces(len(x_BD), W_DF.shape[1], x_BD.device.type)
+        found = [one(p, k, dead_F, k_aux) for p in parts]
+        return [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)]
+
+    return encode_with(select, x_BD, W_DF, b_F)
+
+
+def encode_with(
+    select: Callable[[], list[Tensor]], x_BD: Tensor, W_DF: Tensor, b_F: Tensor
+) -> tuple[Slots, Slots]:
+    """What `select` finds, relu'd, with gradients to W and b through the slots above 0 alone.
+
+    It gives values and indices (B, K), then those of the auxiliary slots (B, A), where values are
+    x W + b at the indices. It runs without autograd and outside autocast.
+    """
+    out = _Encode.apply(x_BD, W_DF, b_F, select)  # type: ignore[no-untyped-call]
     return (out[0], out[1]), (out[2], out[3])
 
 
@@ -57,28 +78,15 @@ def pieces(n_tokens: int, n_latents: int, device: str) -> list[slice]:
     return [slice(i, min(i + step, n_tokens)) for i in range(0, n_tokens, max(step, 1))]
 
 
-class _EncodeTopK(torch.autograd.Function):
+class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_BD: Tensor,
-        W_DF: Tensor,
-        b_F: Tensor,
-        k: int,
-        dead_F: Tensor | None,
-        k_aux: int,
-        bf16: bool,
-        product_BF: Tensor | None,
+        ctx: Any, x_BD: Tensor, W_DF: Tensor, b_F: Tensor, select: Callable[[], list[Tensor]]
     ) -> tuple[Tensor, ...]:
         device = x_BD.device.type
         known = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if known else nullcontext():
-            if product_BF is not None:
-                select: _Full = _Given(x_BD, W_DF, b_F, product_BF)
-            else:
-                select = (_Half if bf16 else _Full)(x_BD, W_DF, b_F)
-            found = [select(p, k, dead_F, k_aux) for p in pieces(len(x_BD), W_DF.shape[1], device)]
-        out = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)]
+            out = select()
         values, aux = out[0].relu_(), out[2].relu_()
         ctx.save_for_backward(x_BD, values, out[1], aux, out[3])
         ctx.W, ctx.n_latents = (W_DF if W_DF.is_leaf else None), W_DF.shape[1]
@@ -101,7 +109,7 @@ class _EncodeTopK(torch.autograd.Function):
             grad_W = wide.T @ x_BD
         else:
             grad_W = sum_by_latent(x_BD, weights, indices, ctx.n_latents, ctx.W)
-        return None, grad_W.T.to(W_dtype), grad_b.to(b_dtype), None, None, None, None, None
+        return None, grad_W.T.to(W_dtype), grad_b.to(b_dtype), None
 
 
 class _Full:
@@ -144,22 +152,30 @@ class _Half(_Full):
     def __call__(self, piece: slice, k: int, dead_F: Tensor | None, k_aux: int) -> list[Tensor]:
         x, W, b = self.half
         h = torch.addmm(b, x[piece], W)
-        values, indices = self._decide(piece, exact_topk(h, self._more(k))[1], k)
+        values, indices = self._decide(piece, exact_topk(h, surplus(k, len(self.b)))[1], k)
         if not k_aux or dead_F is None:
             return [values, indices, values[:, :0], indices[:, :0]]
         h.masked_fill_(~dead_F, -torch.inf)
-        proposed = exact_topk(h, self._more(k_aux))[1]
+        proposed = exact_topk(h, surplus(k_aux, len(self.b)))[1]
         return [values, indices, *self._decide(piece, proposed, k_aux, dead_F)]
-
-    def _more(self, k: int) -> int:
-        return min(k + max(8, k // 2), self.W.shape[1])
 
     def _decide(
         self, piece: slice, proposed: Tensor, k: int, dead_F: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k largest of the proposed latents by their exact pre-activations."""
-        h = dot_rows(self.x[piece], self.W_FD, proposed).add_(self.b[proposed])
-        if dead_F is not None:
-            h.masked_fill_(~dead_F[proposed], 0)
-        values, place = h.topk(k, dim=-1, sorted=False)
-        return values, proposed.gather(1, place)
+        return decide(self.x[piece], self.W_FD, self.b, proposed, k, dead_F)
+
+
+def surplus(k: int, n_latents: int) -> int:
+    """How many latents a bfloat16 product proposes where k are wanted."""
+    return min(k + max(8, k // 2), n_latents)
+
+
+def decide(
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, proposed: Tensor, k: int, dead_F: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The k largest of the proposed latents by exact pre-activations; living ones count as 0."""
+    h = dot_rows(x_BD, W_FD, proposed).add_(b_F[proposed])
+    if dead_F is not None:
+        h.masked_fill_(~dead_F[proposed], 0)
+    values, place = h.topk(k, dim=-1, sorted=False)
+    return values, proposed.gather(1, place)

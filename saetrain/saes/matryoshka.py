@@ -118,9 +118,12 @@ class Matryoshka(Dictionary):
 
 def nested(codes: Codes, w: Weights, prefixes: Sequence[int]) -> Iterator[Tensor]:
     """Reconstructions (..., D) from the latents below each of the ascending `prefixes`."""
-    so_far = w.b_dec
-    for start, stop in pairwise((0, *prefixes)):
-        so_far = so_far + decode_codes(part(codes, start, stop), w.W_dec[start:stop])
+    so_far, spans = w.b_dec, list(pairwise((0, *prefixes)))
+    # Split at once: the gradients of the parts are joined, not padded with zeros and added.
+    rows = torch.split(w.W_dec, [stop - start for start, stop in spans])
+    for (start, stop), W_dec in zip(spans, rows, strict=True):
+        if start < stop:  # random prefixes may coincide
+            so_far = so_far + decode_codes(part(codes, start, stop), W_dec)
         yield so_far
 
 
