@@ -11,8 +11,8 @@ epoch each. Every side gets the same tokens and ends with eight saved SAEs:
 
 Ours include checkpoints, the evaluation on held-out documents and the PCA beside it; reports are
 off. Loading the host comes before the clock. Ratios are of seconds for the whole sweep, so above 1
-the fused one is faster. Memory is the growth of a fresh process over the whole sweep, caching
-included: of the fused sweep over that of the sequential runs, and over what its plan says.
+the fused one is faster. Memory is the growth of a fresh process while it trains: that of the fused
+sweep over that of the sequential runs, and over what its plan says.
 
     python -m pipelines.bench_sweep [--quick] [--json FILE]
 """
@@ -20,12 +20,11 @@ included: of the fused sweep over that of the sequential runs, and over what its
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from pipelines.bench import (
     serve,
     why_absent,
 )
-from pipelines.bench_cache import Bench, token_ids
+from pipelines.bench_cache import Bench, _status, token_ids
 from pipelines.bench_cache import Scale as CacheScale
 from pipelines.bench_data import corpus, make_data, make_host
 from saetrain import plan, train
@@ -133,26 +132,30 @@ class Sweep:
     def sweep(self, how: str) -> dict[str, Any]:
         """Cache and train all; `how` is fused, stacked or sequential."""
         with self._cached() as (folder, times):
-            many = self.settings(folder, stack=how == "stacked")
-            if how == "sequential":
-                found = [train(one).metrics for one in many]
-            else:
-                outcomes = train_together(many)
-                found = [o.result.metrics for o in outcomes if o.result is not None]
-            if len(found) != len(many):
-                raise RuntimeError("a run failed, see above")
+            found = self._train(self.settings(folder, stack=how == "stacked"), how)
         fves = [round(metrics["fve"], 6) for metrics in found]
         return times | {"tokens": found[0]["train_tokens"], "fves": fves}
 
+    def _train(self, many: list[TrainSettings], how: str) -> list[dict[str, Any]]:
+        if how == "sequential":
+            return [train(one).metrics for one in many]
+        outcomes = train_together(many)
+        found = [o.result.metrics for o in outcomes if o.result is not None]
+        if len(found) != len(many):
+            raise RuntimeError("a run failed, see above")
+        return found
+
     def grow(self, how: str) -> dict[str, Any]:
-        """Growth of this process over a sweep; call once. And what the plan says of training."""
-        before = _peak()
-        self.sweep(how)
-        grown = _peak() - before
+        """By how much training all of them grows this process, and what the plan says of it."""
         with self._cached() as (folder, _):
-            many = self.settings(folder)[: None if how != "sequential" else 1]
+            many = self.settings(folder)
+            train(replace(many[0], tokens=self.scale.batch_tokens, epochs=None))  # imports, threads
+            before = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self._train(many, how)
+            grown = _status("VmHWM") - before
             opener = Opener()
-            jobs = [opener.open(one) for one in many]
+            jobs = [opener.open(one) for one in many[: None if how == "fused" else 1]]
             pairs = [(j.settings, j.source) for j in jobs]
             planned = plan.together(pairs, [plan.memory(*p) for p in pairs]).total
         return {"grown": grown, "planned": planned}
@@ -165,10 +168,6 @@ class Sweep:
             with self.bench._loaded(home), clock() as times:
                 run(cache)
                 yield Path(home), times
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def serve_sides() -> None:

@@ -6,7 +6,6 @@ each with its own forward passes. Imports, the host and the data set come before
 
 import logging
 import os
-import resource
 import tempfile
 import warnings
 
@@ -32,7 +31,6 @@ def sweep(host, ids, context, batch_tokens, layer, configs, threads):
     model = AutoModelForCausalLM.from_pretrained(host)
     contexts = np.load(ids).astype(np.int64).reshape(-1, context)
     data = Dataset.from_dict({"input_ids": contexts}).with_format("torch")
-    before = peak()
     with tempfile.TemporaryDirectory() as folder, clock() as times:
         for number, (latents, k) in enumerate(configs):
             cfg = TrainConfig(
@@ -44,11 +42,7 @@ def sweep(host, ids, context, batch_tokens, layer, configs, threads):
                 run_name=str(number),
             )
             Trainer(cfg, data, model).fit()
-    return times | {"tokens": contexts.size, "grown": peak() - before}
-
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return times | {"tokens": contexts.size}
 
 
 if __name__ == "__main__":

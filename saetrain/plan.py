@@ -128,13 +128,14 @@ def held_out_bytes(many: Sequence[tuple[TrainSettings, Source]]) -> int:
 
 
 def stream_bytes(settings: TrainSettings, source: Source, hooks: tuple[str, ...]) -> int:
-    """Two windows as stored, a batch in fp32."""
+    """Two windows as stored, as far as there are rows for them, and a batch in fp32."""
     snapshot, total = source.snapshot, 0
+    rows = min(2 * settings.stream.window_rows, source.train.n_rows or 1 << 62)
     for hook in hooks:
         known = snapshot.hooks.get(hook) if snapshot is not None else None
         d = known.d if known is not None else source.train.space(hook).d
         size = _SIZES.get(known.dtype, 4) if known is not None else 4
-        total += d * (2 * settings.stream.window_rows * size + 4 * settings.batch_tokens)
+        total += d * (rows * size + 4 * settings.batch_tokens)
     return total
 
 
