@@ -144,7 +144,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(store: Path, tmp_path: Pat
 @pytest.mark.skipif(
     why_not(torch.device("cpu")) is not None, reason=str(why_not(torch.device("cpu")))
 )
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch in torch
+@pytest.mark.filterwarnings("ignore")  # of torch about torch, while it traces
 @pytest.mark.slow  # about 20 s of compiling
 def test_compiled_losses_are_the_losses() -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
