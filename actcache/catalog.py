@@ -121,8 +121,9 @@ class Catalog:
         remove(self.folder / entry.file)
 
     def entries(self) -> tuple[list[Entry], list[str]]:
-        """Entries as written, by path, and a sentence for each file that is not a whole entry, or for
-        a catalog that cannot be read."""
+        """Entries as written, by path; a sentence for each file that is not a whole entry, or for
+        a catalog that cannot be read.
+        """
         try:
             files = names_in(self.folder, "", _NAME)
         except StoreError as e:
