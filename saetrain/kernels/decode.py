@@ -1,7 +1,8 @@
 """Sparse decode: x̂_b = Σ_k f_bk W_dec[i_bk], and its gradients, each 2BKE operations.
 
 ∂f is a dot product per slot, ∂W_dec a sum over the slots of each latent (latents.py). The forward
-is `embedding_bag`. Plain twin: `codes.dense() @ W_dec`.
+is `embedding_bag`, on CUDA the kernel of triton_decode.py. Plain twin:
+`codes.dense() @ W_dec`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from saetrain.kernels.latents import dot_rows, sum_by_latent
+from saetrain.kernels.triton_decode import decode_forward
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_FE: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values_BK: Tensor, indices_BK: Tensor, W_FE: Tensor) -> Tensor:
         ctx.save_for_backward(values_BK, indices_BK, W_FE)
         ctx.W = W_FE if W_FE.is_leaf else None
-        return nnf.embedding_bag(indices_BK, W_FE, per_sample_weights=values_BK, mode="sum")
+        return decode_forward(values_BK, indices_BK, W_FE)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

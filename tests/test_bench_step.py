@@ -1,0 +1,44 @@
+"""The sides of the benchmark of steps do the work that it says they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.bench_step import QUICK, Bench, Floor, Ours, Side
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path, QUICK, print)
+
+
+def test_our_side_trains_and_its_fve_rises(bench: Bench) -> None:
+    side, held_out = Side(), bench.rows(32, 512, seed=1)
+    setup = bench.own((32, 16), kind="ours", lr=3e-3, bf16=False)[1]
+    side.make(**{k: v for k, v in setup.items() if k != "do"})
+    assert isinstance(side.tool, Ours)
+    before, start = side.fve(held_out)["fve"], side.tool.sae.W_dec.detach().clone()
+    answer = side.train(30)
+    assert answer["tokens"] == 30 * QUICK.batch
+    assert side.fve(held_out)["fve"] > before
+    assert not torch.equal(side.tool.sae.W_dec, start)
+    torch.testing.assert_close(side.tool.sae.W_dec.norm(dim=1), torch.ones(512))
+    assert len(side.tool.window) == 30
+
+
+def test_the_floors_work_on_the_same_shapes(bench: Bench) -> None:
+    for best in (False, True):
+        side = Side()
+        setup = bench.own((32, 16), kind="floor", best=best)[1]
+        side.make(**{k: v for k, v in setup.items() if k != "do"})
+        assert isinstance(side.tool, Floor)
+        assert side.tool.W_DF.shape == (32, 512)
+        assert side.train(2)["tokens"] == 2 * QUICK.batch
+
+
+def test_rows_are_planted_once_and_differ_by_seed(bench: Bench) -> None:
+    assert bench.rows(32, 64) == bench.rows(32, 64)
+    assert Path(bench.rows(32, 64)).read_bytes() != Path(bench.rows(32, 64, seed=1)).read_bytes()
