@@ -222,6 +222,8 @@ class Lockstep:
         stack = Stack([j.alive()[0].sae for j in wanted if _whole(j.settings)])
         if wanted:
             say(f"fused.stack: {len(stack)} of {len(wanted)} encoders in common products")
+        if len(stack) and self.device.type == "cpu":
+            say("warning: fused.stack is slower on a CPU, where single products stay in cache")
         return stack
 
     def _interrupt(self, position: int) -> Interrupted:

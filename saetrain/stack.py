@@ -1,8 +1,9 @@
 """Encoders of equal shape and input in one batched product, for SAEs that train on the same batch.
 
 x' W of J encoders is one product of (B, D) with (J, D, F) instead of J of (B, D) with (D, F): on a
-GPU small SAEs are bound by launches, not by arithmetic. The weights stay the parameters they were;
-only their memory moves into one tensor. Each SAE then takes its own biases off:
+GPU small SAEs may be bound by launches, not by arithmetic; on a CPU it is slower (see docs/LOG.md).
+The weights stay the parameters they were; only their memory moves into one tensor. Each SAE then
+takes its own biases off:
 (x' - b_dec) W + b_enc = x' W + (b_enc - b_dec W), which rounds differently, so a stacked run equals
 its single run within rounding, not bit for bit, and latents near a tie may be selected otherwise.
 
