@@ -4,7 +4,7 @@ The same tournament as for one token runs over the pre-activations of the whole 
 end. Tokens keep different numbers of latents: what was found, sorted by token, is a ragged list
 (values, latents, offsets), padded here to the largest number of any token, with empty slots of
 value 0 at latent 0, so that everything that takes (values, indices) takes it. Costs the (B, F)
-pre-activations, but five matrix products less than autograd on dense codes. The width of the
+pre-activations, but four matrix products less than autograd on dense codes. The width of the
 padding is data, so on other devices than the CPU it would have to be waited for: there
 `saetrain.activations` keeps the dense form.
 
