@@ -107,12 +107,19 @@ class TrainConfig:
     adam_betas: tuple[float, ...] = option("train.optim.betas", "decay rates of Adam's moments")
     adam_eps: float = option("train.optim.eps", "epsilon of Adam")
     clip_norm: float | None = option("train.optim.clip_norm", "largest norm of the gradient")
+    ema_decay: float | None = option(
+        "train.optim.ema_decay", "average the weights over steps", unset="no average"
+    )
+    grad_acc_steps: int = option("train.grad_acc_steps", "pieces whose gradients are added")
+    micro_acc_steps: int = option("train.micro_acc_steps", "pieces of each of these")
     num_epochs: int | None = option(
         "train.epochs", "passes over the text", None, "1, unless --train_tokens is given"
     )
     train_tokens: int | None = option("train.tokens", "tokens trained on, instead of --num_epochs")
     seed: int = option("train.seed", "of initial weights and of the order")
     precision: Literal["fp32", "bf16"] = option("train.precision", "of the SAE's arithmetic")
+    compile: bool = option("train.compile", "compile the SAE with torch.compile")
+    window_rows: int = option("train.stream.window_rows", "rows that are shuffled together")
     device: str = option("cache.host.device train.device", "of model and SAE: cpu, cuda, cuda:1")
     held_out_fraction: float = option("train.held_out_fraction", "documents kept for evaluation")
     eval_tokens: int | None = option("train.eval.tokens", "held-out tokens used at most")
@@ -159,6 +166,7 @@ class TrainConfig:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = option(
         "cache.host.attention", "attention kernel of the model"
     )
+    load_in_8bit: bool = option("", "load the model in 8 bits (bitsandbytes)", False)
     host_batch_tokens: int = option("cache.host.batch_tokens", "tokens of one forward pass")
     trust_remote_code: bool = option("cache.host.trust_remote_code", "run code of the repository")
     store: str | None = option(
@@ -233,6 +241,8 @@ def values_for(cfg: TrainConfig) -> Values:
     del values["cache.data.files"], values["cache.data.dataset"]
     values |= both.data_values(cfg.dataset, cfg.split)
     values["train.sae.name"] = "topk"
+    if cfg.load_in_8bit:
+        values["cache.host.quantization"] = {"load_in_8bit": True}
     if cfg.expansion_factor is None and cfg.num_latents is None:
         values["train.sae.expansion_factor"] = EXPANSION
     if cfg.num_epochs is None and cfg.train_tokens is None:

@@ -36,6 +36,9 @@ KEYS = [
     "vs_bare_forward_1_hook",
     "vs_bare_forward_all_hooks",
     "vs_saelens",
+    "bare_forward_vs_saelens",
+    "vs_saelens_on_hf_model",
+    "vs_saelens_all_hooks",
     "bytes_vs_saelens",
     "peak_memory_vs_plan",
 ]

@@ -34,9 +34,9 @@ def test_command_run_info_verify(asked):
     assert set(facts["hooks"]) == {"resid.1", "mlp.0"}
     files = [p for p in (snapshot.store.path / "segments").rglob("*") if p.is_file()]
     assert facts["bytes"] == sum(p.stat().st_size for p in files)
-    shards = [p for p in files if "acts/resid.1/c" in str(p)]
-    meta = [p for p in files if str(p).endswith("acts/resid.1/zarr.json")]
-    sizes = sum(p.stat().st_size for p in shards + meta)
+    own = [p for p in files if "/resid.1/" in str(p)]  # rows and their lengths
+    assert {p.relative_to(snapshot.store.path).parts[2] for p in own} == {"acts", "norms"}
+    sizes = sum(p.stat().st_size for p in own)
     assert facts["hooks"]["resid.1"]["bytes"] == sizes
     plain = subprocess.run(
         [sys.executable, "-m", "actcache", "info", settings.store], capture_output=True, text=True

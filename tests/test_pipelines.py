@@ -93,7 +93,20 @@ def test_every_setting_is_an_option_of_the_command() -> None:
         "train.optim.lr_factors",
         "train.saes_path",  # this command trains TopK
         *("cache.part", "cache.catalog"),  # many writers, shared stores: actcache run
+        "cache.host.quantization",  # by --load_in_8bit
+        *("cache.host.adapter", "cache.host.device_map", "cache.host.sharding"),
+        *("cache.host.rank_timeout", "train.layers", "train.layer_stride", "train.hooks"),
+        *("cache.data.options", "cache.data.sources_path", "train.metrics_path"),
+        *("train.eval.metrics", "train.target_l0", "train.source", "train.stores", "train.mix"),
+        *("cache.data.chat_template", "cache.data.images_column", "cache.data.messages_column"),
+        "cache.pack.long_chat",
+        *("train.optim.momentum", "train.optim.rule", "train.optim.weight_decay"),  # not Adam's
+        "train.optim.jumprelu_lr_factor",
     }
+    # What only the commands of the stages have; how a store is read beyond the window.
+    groups = ("train.live.", "train.fused.", "train.early_stop.", "train.stream.")
+    decided |= {p for p in every - options if p.startswith(groups)}
+    every = {p for p in every if not p.rpartition(".")[2].isupper()}  # constants of a class
     assert every - options - decided == set()
     assert options - every == set()
 
@@ -260,9 +273,6 @@ def test_wrong_places_are_refused_in_the_words_typed(
     "words",
     [
         "--distribute_layers",
-        "--grad_acc_steps 8",
-        "--micro_acc_steps 2",
-        "--load_in_8bit",
         "--la 1",
     ],
 )
@@ -273,6 +283,17 @@ def test_what_this_version_cannot_do_is_not_an_option(
         sae.main(["model", "dataset", *words.split()])
     assert stopped.value.code == 2
     assert "unrecognized arguments: " + words in capsys.readouterr().err
+
+
+def test_options_reach_the_settings_they_stand_for() -> None:  # F51, F54
+    words = ["model", "data.parquet", "--grad_acc_steps", "8", "--micro_acc_steps", "2"]
+    cfg = sae.TrainConfig(**vars(sae.parser().parse_args([*words, "--load_in_8bit"])))
+    values = sae.values_for(cfg)
+    assert values["train.grad_acc_steps"] == 8
+    assert values["train.micro_acc_steps"] == 2
+    assert values["cache.host.quantization"] == {"load_in_8bit": True}
+    plain = sae.values_for(sae.TrainConfig(**vars(sae.parser().parse_args(words[:2]))))
+    assert "cache.host.quantization" not in plain
 
 
 def test_several_processes_are_refused(
