@@ -29,6 +29,7 @@ from actcache.families import cut_class, deepest_block, is_stateful, runner, run
 from actcache.hooks import HookPoint
 from actcache.hub import digests, explained, local_folder, model_folder
 from actcache.placing import placed
+from actcache.products import speed_up
 from actcache.store.ids import digest
 from actcache.tokens import token_bytes
 
@@ -172,6 +173,7 @@ class Host:
             self.adapter.apply(model, whole=False)
         if not self._placed:
             model = model.to(self.device)
+        speed_up(model)
         return model.eval().requires_grad_(False)
 
     def _from_pretrained(
