@@ -113,7 +113,7 @@ def test_ctrl_c_on_the_command(asked):
     """A real SIGINT while it runs: exit status 130 and a store that continues."""
     settings = asked()
     slow = "import time, actcache.segments as s; b = s.SegmentBuilder.build\n"
-    slow += "s.SegmentBuilder.build = lambda *a: (time.sleep(0.3), b(*a))[1]\n"
+    slow += "s.SegmentBuilder.build = lambda *a: (time.sleep(1.5), b(*a))[1]\n"
     slow += "from actcache.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *overrides(settings)],
