@@ -44,7 +44,7 @@ HOOK = "rows"
 BY_K = ("topk", "batchtopk", "matryoshka")
 # Where the search for the coefficient starts: (ours, SAELens).
 BY_PENALTY = {"vanilla": (0.02, 1.0), "gated": (0.02, 1.0), "jumprelu": (6e-4, 0.1)}
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 LOOKS = 6  # coefficients tried at most
 
 
