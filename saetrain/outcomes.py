@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def score(metrics: Mapping[str, Any], target_l0: float | None) -> float:
 def new_record(args: Sequence[str]) -> Path:
     """Path for the lines of one command, below the runs_dir that its arguments name."""
     given = [a.removeprefix("runs_dir=") for a in args if a.startswith("runs_dir=")]
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+    # Random: two commands of one process, or of two machines, can begin in the same second.
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.jsonl"
     return (Path(given[-1] if given else "runs").expanduser() / ".sweeps" / name).absolute()
 
 

@@ -161,6 +161,7 @@ def test_score(l0: float, target: float | None, expected: float) -> None:
 def test_outcomes_are_read_in_the_order_of_jobs(tmp_path: Path, monkeypatch) -> None:
     file = outcomes.new_record(["seed=1", f"runs_dir={tmp_path}/r"])
     assert file.parent == tmp_path / "r" / ".sweeps"
+    assert outcomes.new_record([f"runs_dir={tmp_path}/r"]) != file  # in the same second
     outcomes.note(Outcome(job=9, overrides=()))  # no sweep: nowhere to write
     assert outcomes.read(file) == []
     monkeypatch.setenv(outcomes.RECORD, str(file))
