@@ -54,7 +54,7 @@ class OwnUnits:
         """DataError if what the source says of its content cannot be an identity."""
         self._source, self._max = source, settings.max_samples
         self.columns = Columns(text=("text",), id="id")
-        self.notes: Sequence[str] = (f"data.kind={source.kind}: {_where(type(source))}",)
+        self.notes: Sequence[str] = (f"data.kind={source.kind}: {plugins.where_of(type(source))}",)
         self.identity: Mapping[str, Any] = {
             "kind": source.kind,
             "content": _content(source),
@@ -92,17 +92,8 @@ def register_source(name: str) -> Callable[[S], S]:
     """
 
     def add(cls: S) -> S:
-        where = f"data source {name!r}: {_where(cls)}"
-        if not name.isidentifier() or name != name.lower():
-            raise DataError(f"{where}: expected a name in lower_snake_case")
-        old = _REGISTRY.get(name)
-        if name in KINDS or (old is not None and _where(old) != _where(cls)):
-            owner = "built in" if old is None else _where(old)
-            raise DataError(f"{where}: the name is taken ({owner}); choose another")
-        if not (isinstance(cls, type) and issubclass(cls, OwnSource)):
-            raise DataError(f"{where} is not a subclass of actcache.own_sources.OwnSource")
-        if missing := sorted(cls.__abstractmethods__):
-            raise DataError(f"{where} does not define {', '.join(missing)}")
+        if wrong := plugins.check_class("data source", name, cls, OwnSource, _REGISTRY, KINDS):
+            raise DataError(wrong)
         cls.kind = name
         _REGISTRY[name] = cls
         return cls
@@ -141,7 +132,3 @@ def _content(source: OwnSource) -> Mapping[str, Any]:
             'such as {"version": 3}'
         )
     return dict(found)
-
-
-def _where(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

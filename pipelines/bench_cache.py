@@ -51,11 +51,14 @@ from actcache.run import CacheSettings, LayoutSettings, run
 from actcache.sources import DataSettings
 from actcache.store import Store
 from pipelines.bench import (
+    NO_PEAK,
     ROOT,
     Measure,
     Worker,
+    can_measure_peak,
     clock,
     command,
+    peak_growth,
     peer_python,
     private_stdout,
     rate,
@@ -337,15 +340,9 @@ def grow() -> None:
     settings = CacheSettings(**asked | {"hooks": tuple(asked["hooks"])})
     host = Host(settings.host)
     resolve(settings.hooks, None, host.skeleton())  # imports the model's code
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    run(settings)
-    print(_status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith(f"{field}:")).split()[1]) * 1024
+    with peak_growth() as grown:
+        run(settings)
+    print(grown["bytes"])
 
 
 def measures(bench: Bench, say: Say) -> list[Measure]:
@@ -369,8 +366,8 @@ def measures(bench: Bench, say: Say) -> list[Measure]:
             speed, size = {"ratios": faster}, {"ratios": smaller}
             on_hf = {"ratios": bench.against_saelens(ours, bench.one, on_transformers, say)[0]}
             several = {"ratios": bench.against_saelens(ours, bench.all, default, say)[0]}
-    memory: dict[str, Any] = {"skipped": "this system has no /proc to read peak memory from"}
-    if Path("/proc/self/clear_refs").exists():
+    memory: dict[str, Any] = {"skipped": NO_PEAK}
+    if can_measure_peak():
         say("peak memory / plan, all hooks: bytes")
         memory = {"ratios": bench.against_plan(say)}
     return [

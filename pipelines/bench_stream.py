@@ -39,11 +39,14 @@ from numpy.typing import NDArray
 
 from actcache.store import Snapshot, open_store
 from pipelines.bench import (
+    NO_PEAK,
     ROOT,
     Measure,
     Worker,
+    can_measure_peak,
     clock,
     command,
+    peak_growth,
     private_stdout,
     rate,
     ratios,
@@ -310,24 +313,18 @@ def grow() -> None:
     scale = Scale(**values)
     snapshot = open_store(store).snapshot()
     np.zeros(1 << 20).sum()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    stream = Stream(
-        snapshot,
-        [HOOK],
-        batch_tokens=scale.batch_tokens,
-        window_rows=scale.window_rows,
-        dtype=torch.bfloat16,
-        **EVERYTHING,
-    )
-    for _ in itertools.islice(stream, 12 * scale.window_rows // scale.batch_tokens):
-        pass
-    print(_status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith(f"{field}:")).split()[1]) * 1024
+    with peak_growth() as grown:
+        stream = Stream(
+            snapshot,
+            [HOOK],
+            batch_tokens=scale.batch_tokens,
+            window_rows=scale.window_rows,
+            dtype=torch.bfloat16,
+            **EVERYTHING,
+        )
+        for _ in itertools.islice(stream, 12 * scale.window_rows // scale.batch_tokens):
+            pass
+    print(grown["bytes"])
 
 
 def measures(bench: Bench) -> list[Measure]:
@@ -336,8 +333,6 @@ def measures(bench: Bench) -> list[Measure]:
     fast: dict[str, Any] = {"better": "higher", "unit": "x rows/s"}
     plain = {"do": "pread", "rows": scale.fast_rows}
     slow = {"do": "zarr", "rows": scale.slow_rows}
-    no_proc = {"skipped": "this system has no /proc to read peak memory from"}
-    has_proc = Path("/proc/self/clear_refs").exists()
     saelens = bench.against_peer("saelens", "sae-lens", "peer_loader_saelens.py", ".peers")
     mosaic = bench.against_peer(
         "mosaicml", "mosaicml-streaming", "peer_loader_mosaicml.py", ".peers-streaming"
@@ -372,7 +367,7 @@ def measures(bench: Bench) -> list[Measure]:
             goal=1.1,
             better="lower",
             unit="x bytes of growth",
-            **({"ratios": bench.memory()} if has_proc else no_proc),
+            **({"ratios": bench.memory()} if can_measure_peak() else {"skipped": NO_PEAK}),
         ),
     ]
 

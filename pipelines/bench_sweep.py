@@ -38,12 +38,13 @@ from pipelines.bench import (
     clock,
     command,
     in_slices,
+    peak_growth,
     peer_python,
     private_stdout,
     serve,
     why_absent,
 )
-from pipelines.bench_cache import Bench, _status, token_ids
+from pipelines.bench_cache import Bench, token_ids
 from pipelines.bench_cache import Scale as CacheScale
 from pipelines.bench_data import corpus, make_data, make_host
 from saetrain import plan, train
@@ -150,10 +151,9 @@ class Sweep:
         with self._cached() as (folder, _):
             many = self.settings(folder)
             train(replace(many[0], tokens=self.scale.batch_tokens, epochs=None))  # imports, threads
-            before = _status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self._train(many, how)
-            grown = _status("VmHWM") - before
+            with peak_growth() as peak:
+                self._train(many, how)
+            grown = peak["bytes"]
             opener = Opener()
             jobs = [opener.open(one) for one in many[: None if how == "fused" else 1]]
             pairs = [(j.settings, j.source) for j in jobs]

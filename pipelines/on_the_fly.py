@@ -134,6 +134,10 @@ class MemoryCapture:
 
     def ids(self) -> dict[str, Any]:
         """What names the activations: the token ids and the shape of the model."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
         config: Any = getattr(self._model, "config", None)
         shape = None if config is None else config.to_diff_dict()
         stream = digest(np.ascontiguousarray(self._ids).tobytes().hex())

@@ -56,11 +56,6 @@ def _streams(
 ) -> tuple[LiveStream, LiveStream]:
     """Training and held-out batches, with the same statistics."""
     chosen, live = settings.stream, settings.live
-    if chosen.max_norm is not None:
-        raise ConfigError(
-            f"stream.max_norm={chosen.max_norm:g} needs the lengths of all rows before the first "
-            "batch, which source=live does not know; cache the activations, or leave it out"
-        )
     calibration = Calibration(
         capture,
         live.calibration_tokens,

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ _LASTING = {408, 425, 429}  # of the 4xx, those that waiting may mend
 _pid: int | None = None  # process that runs obstore's threads
 
 
-class Objects:
+class Objects(ABC):
     """Reads objects below one address; `key` is the path there. Thread-safe."""
 
     listable = False
@@ -200,9 +201,9 @@ class Objects:
     def _reading(self) -> Any:
         return self.connect({"timeout": "1h", "read_timeout": _duration(STALL)})
 
+    @abstractmethod
     def connect(self, times: dict[str, str]) -> Any:
         """An obstore client with these timeouts; retries are ours."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.base,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -29,6 +29,32 @@ def load(group: str, paths: Iterable[str | Path], word: str, error: type[Excepti
             raise error(f"{word}: {path} does not exist")
         for file in _files(path, word, error):
             _import(file)
+
+
+def check_class(
+    what: str, name: str, cls: type, base: type, others: Mapping[str, type], built_in: Iterable[str]
+) -> str | None:
+    """Why a class cannot be known as `name`; None if it can.
+
+    `what` is what it is, `others` who has which name; the same class may come again.
+    """
+    where = f"{what} {name!r}: {where_of(cls)}"
+    if not name.isidentifier() or name != name.lower():
+        return f"{where}: expected a name in lower_snake_case"
+    old = others.get(name)
+    if name in built_in or (old is not None and where_of(old) != where_of(cls)):
+        owner = "built in" if old is None else where_of(old)
+        return f"{where}: the name is taken ({owner}); choose another"
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        return f"{where} is not a subclass of {where_of(base)}"
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        return f"{where} does not define {', '.join(missing)}"
+    return None
+
+
+def where_of(cls: type) -> str:
+    """Module and name of a class, for messages."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _load_point(point: EntryPoint, error: type[Exception]) -> None:

@@ -65,18 +65,10 @@ def register_metric(name: str) -> Callable[[M], M]:
     """
 
     def add(cls: M) -> M:
-        where = f"metric {name!r}: {_where(cls)}"
-        if not name.isidentifier() or name != name.lower():
-            raise ConfigError(f"{where}: expected a name in lower_snake_case")
-        old = _REGISTRY.get(name)
-        if name in FORMULAS or (old is not None and _where(old) != _where(cls)):
-            owner = "built in" if old is None else _where(old)
-            raise ConfigError(f"{where}: the name is taken ({owner}); choose another")
-        if not (isinstance(cls, type) and issubclass(cls, Metric)):
-            raise ConfigError(f"{where} is not a subclass of saetrain.evals.own.Metric")
-        if missing := sorted(cls.__abstractmethods__):
-            raise ConfigError(f"{where} does not define {', '.join(missing)}")
+        if wrong := plugins.check_class("metric", name, cls, Metric, _REGISTRY, FORMULAS):
+            raise ConfigError(wrong)
         if any(p.default is p.empty for p in _parameters(cls)):
+            where = f"metric {name!r}: {plugins.where_of(cls)}"
             raise ConfigError(f"{where}: __init__ must not need arguments")
         cls.name = name
         _REGISTRY[name] = cls
@@ -141,7 +133,3 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
     """Those of `__init__` that could be missing."""
     open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(cls).parameters.values() if p.kind not in open_ended]
-
-
-def _where(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

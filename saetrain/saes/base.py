@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actcache.store import HookStats
 from saetrain import presets
 from saetrain.codes import Codes, SparseCodes, dense, firing_counts
 from saetrain.errors import ConfigError
@@ -45,6 +47,17 @@ class HookSpace:
     mean: Tensor  # (d,) float32
     mean_norm: float  # E||x||
     variance: float  # E||x - mean||^2, summed over the d channels
+
+    @classmethod
+    def of(cls, name: str, stats: HookStats) -> HookSpace:
+        """Of statistics as commits hold them."""
+        return cls(
+            name=name,
+            d=len(stats.mean),
+            mean=torch.from_numpy(stats.mean.astype(np.float32)),
+            mean_norm=stats.mean_norm,
+            variance=stats.variance,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,21 @@ One window is read, and the plan of the next is made, while one is in use.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from saetrain.stream.loader import Loaded, Loader, Places
 from saetrain.stream.order import Window
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> list[str]:
+    """A sentence for each entry of `now` that was another one `then`; `of` names whose it is."""
+    return [f"{k}{of}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v]
 
 
 @dataclass

@@ -7,7 +7,7 @@ wait for its copy. On other devices the copy is plain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,11 @@ from saetrain.stream.batch import Batch
 
 Stored = dict[str, tuple[Tensor, ...]]  # hook -> rows (n, d), and scales (n, 1) of int8 codes
 Decode = Callable[[str, tuple[Tensor, ...]], Tensor]
+
+
+def cat(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; of a single one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def to_device(

@@ -33,10 +33,10 @@ from actcache.store import TokenTable
 from actcache.store.layout import Modality
 from saetrain.errors import ConfigError
 from saetrain.saes.base import HookSpace
-from saetrain.stream.ahead import Traffic
+from saetrain.stream.ahead import Traffic, changes
 from saetrain.stream.batch import Batch
 from saetrain.stream.capture import Calibration, Capture, LiveSegment
-from saetrain.stream.device import Stored, to_device
+from saetrain.stream.device import Stored, cat, to_device
 from saetrain.stream.loader import _tensor
 from saetrain.stream.mixing import of_rows
 from saetrain.stream.order import shuffled
@@ -134,14 +134,7 @@ class LiveStream:
 
     def space(self, hook: str) -> HookSpace:
         """Width and statistics of a hook, from the calibration rows."""
-        stats = self._calibration.of(hook)
-        return HookSpace(
-            name=hook,
-            d=len(stats.mean),
-            mean=torch.from_numpy(stats.mean.astype(np.float32)),
-            mean_norm=stats.mean_norm,
-            variance=stats.variance,
-        )
+        return HookSpace.of(hook, self._calibration.of(hook))
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -167,10 +160,7 @@ class LiveStream:
         """Continue where `state` was taken. ConfigError if this stream would give other batches."""
         fixed = ("ids", "seed", "batch_tokens", "window_rows", "run_chunks", "filter")
         mine = self.state_dict()
-        wrong = [
-            f"{k}: {state.get(k)} then, {mine[k]} now" for k in fixed if state.get(k) != mine[k]
-        ]
-        if wrong:
+        if wrong := changes(state, {k: mine[k] for k in fixed}):
             raise ConfigError(f"cannot resume the live stream, it changed: {'; '.join(wrong)}")
         self.epoch, self.step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])
         self.step = int(state["step"])
@@ -235,7 +225,7 @@ class LiveStream:
             (w, slice(max(0, first - w.origin.first), min(last, w.end) - w.origin.first))
             for w in held
         ]
-        stored: Stored = {h: (_cat([w.acts[h][c] for w, c in cuts]),) for h in self.hooks}
+        stored: Stored = {h: (cat([w.acts[h][c] for w, c in cuts]),) for h in self.hooks}
         columns = zip(*(vars(w.table.take(c)).values() for w, c in cuts), strict=True)
         table = TokenTable(*(np.concatenate(c) for c in columns))
         segment = np.concatenate([w.segment[c] for w, c in cuts])
@@ -336,7 +326,3 @@ class LiveStream:
         last = parts[-1]
         after = _Origin(last.segment.place, last.next_row, origin.number + 1, origin.first + n)
         return _Window(origin, after, epoch, acts, table, segment.astype(np.int32))
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

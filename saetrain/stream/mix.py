@@ -27,7 +27,7 @@ import torch
 from actcache.store import TokenTable
 from saetrain.errors import ConfigError
 from saetrain.saes.base import HookSpace
-from saetrain.stream.ahead import Traffic
+from saetrain.stream.ahead import Traffic, changes
 from saetrain.stream.apportion import Apportion
 from saetrain.stream.batch import Batch
 from saetrain.stream.sequences import SequenceStream
@@ -136,15 +136,11 @@ class Mix:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken. ConfigError if this mix would give other batches."""
         mine, then = self.state_dict(), state.get("streams") or []
-        wrong = []
-        if state.get("weights") != mine["weights"]:
-            wrong.append(f"weights: {state.get('weights')} then, {mine['weights']} now")
+        wrong = changes(state, {"weights": mine["weights"]})
         if len(then) != len(self.streams):
             wrong.append(f"stores: {len(then)} then, {len(self.streams)} now")
         for name, a, b in zip(self.names, then, mine["streams"], strict=False):
-            wrong += [
-                f"{k} of {name}: {a.get(k)} then, {v} now" for k, v in b.items() if a.get(k) != v
-            ]
+            wrong += changes(a, b, of=f" of {name}")
         if wrong:
             raise ConfigError(f"cannot resume the mix, it changed: {'; '.join(wrong)}")
         self.epoch, self.step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])

@@ -48,8 +48,8 @@ class Mixing:
 def measure(stream: Stream, batches: int = 8) -> Mixing:
     """κ of the first `batches` batches of epoch 0. Reads token tables, no activations."""
     found = [_pairs(*ids) for ids in islice(_batches(stream), batches)]
-    others = np.array([p for p, _, _ in found])
-    documents = [d for _, d, _ in found]
+    others = np.array([p for p, _ in found])
+    documents = [d for _, d in found]
     sem = float(others.std(ddof=1) / np.sqrt(len(others))) if len(others) > 1 else float("inf")
     context = stream.snapshot.context
     rows = stream.n_rows
@@ -70,8 +70,8 @@ def of_rows(
     cuts = [slice(i * batch_tokens, (i + 1) * batch_tokens) for i in range(batches)]
     found = [_pairs(contexts[c], documents[c]) for c in cuts if c.stop <= len(contexts)]
     return {
-        "kappa": float(np.mean([pairs for pairs, _, _ in found])),
-        "documents_per_batch": float(np.mean([n for _, n, _ in found])),
+        "kappa": float(np.mean([pairs for pairs, _ in found])),
+        "documents_per_batch": float(np.mean([n for _, n in found])),
     }
 
 
@@ -104,14 +104,10 @@ def _batches(stream: Stream) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uin
             contexts, documents = contexts[b:], documents[b:]
 
 
-def _pairs(context: NDArray[np.int64], document: NDArray[np.uint64]) -> tuple[float, int, int]:
-    """Mean number of other rows of the same context, distinct documents, rows."""
+def _pairs(context: NDArray[np.int64], document: NDArray[np.uint64]) -> tuple[float, int]:
+    """Mean number of other rows of the same context, and distinct documents."""
     counts = np.unique(context, return_counts=True)[1]
-    return (
-        float((counts * (counts - 1)).sum() / len(context)),
-        len(np.unique(document)),
-        len(context),
-    )
+    return float((counts * (counts - 1)).sum() / len(context)), len(np.unique(document))
 
 
 def predict(stream: Stream) -> float:

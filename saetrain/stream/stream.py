@@ -30,10 +30,10 @@ from actcache.store.int8_reader import Int8Reader
 from actcache.store.layout import Modality
 from saetrain.errors import ConfigError
 from saetrain.saes.base import HookSpace
-from saetrain.stream.ahead import Traffic, cut, read_ahead
+from saetrain.stream.ahead import Traffic, changes, cut, read_ahead
 from saetrain.stream.aligned import stored, unit_rows
 from saetrain.stream.batch import Batch
-from saetrain.stream.device import Stored, to_device
+from saetrain.stream.device import Stored, cat, to_device
 from saetrain.stream.join import AnySnapshot
 from saetrain.stream.loader import Loaded, Loader, Places, places
 from saetrain.stream.order import Window, windows
@@ -133,13 +133,7 @@ class Stream:
     def space(self, hook: str) -> HookSpace:
         """Width and statistics of a hook, from the store's commits."""
         stats = self.snapshot.stats(hook, special=not self.filter.skip_special)
-        return HookSpace(
-            name=hook,
-            d=len(stats.mean),
-            mean=torch.from_numpy(stats.mean.astype(np.float32)),
-            mean_norm=stats.mean_norm,
-            variance=stats.variance,
-        )
+        return HookSpace.of(hook, stats)
 
     def state_dict(self) -> dict[str, Any]:
         """A few integers and names; enough to continue with exactly the next batch.
@@ -163,13 +157,8 @@ class Stream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken. ConfigError if this stream would give other batches."""
         mine = self.state_dict()
-        place = ("epoch", "step_in_epoch")
-        wrong = [
-            f"{k}: {state.get(k)} then, {v} now"
-            for k, v in mine.items()
-            if k not in place and state.get(k) != v
-        ]
-        if wrong:
+        del mine["epoch"], mine["step_in_epoch"]
+        if wrong := changes(state, mine):
             raise ConfigError(f"cannot resume the stream, it changed: {'; '.join(wrong)}")
         self.epoch, self.step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])
 
@@ -290,14 +279,10 @@ class Stream:
 
 def _parts(hook: str, cuts: Sequence[tuple[Loaded, slice]]) -> tuple[Tensor, ...]:
     """Stored rows of a batch: activations, and scales where they are int8 codes."""
-    rows = _cat([h.acts[hook][c] for h, c in cuts])
+    rows = cat([h.acts[hook][c] for h, c in cuts])
     if hook not in cuts[0][0].scales:
         return (rows,)
-    return rows, _cat([h.scales[hook][c] for h, c in cuts])
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return rows, cat([h.scales[hook][c] for h, c in cuts])
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
