@@ -1,6 +1,9 @@
 """The hot path against zarr-python, memory that is used again, filters, int8, ranges of types."""
 
+import os
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 import zarr
 from stores import make_store
 
-from actcache.store import StoreError
+from actcache.store import DamagedError, StoreError
 from saetrain.errors import ConfigError
 from saetrain.stream import Stream
 from saetrain.stream import loader as loading
@@ -129,3 +132,47 @@ def test_outliers_of_a_store_without_lengths(tmp_path):
         Stream(snapshot, ["resid.2"], max_norm=10.0)
     with pytest.raises(ConfigError, match=r"max_norm=-1\.0: expected a number above 0"):
         Stream(snapshot, ["resid.2"], max_norm=-1.0)
+
+
+def _open_shards(store: Path) -> int:
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found += str(link.readlink()).startswith(str(store))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_few_files_stay_open_and_none_after_the_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_OPEN_FILES", 3)
+    path = tmp_path.resolve() / "s"
+    snapshot = make_store(path, segments=(64,) * 8).snapshot()
+    stream = Stream(
+        snapshot, ["resid.2"], batch_tokens=64, window_rows=128, threads=1, **EVERYTHING
+    )
+    batches, most = iter(stream), 0
+    for _ in range(40):
+        next(batches)
+        most = max(most, _open_shards(path))
+    assert 1 <= most <= 4  # one more while the next is opened
+    batches.close()
+    assert _open_shards(path) == 0
+
+
+@pytest.mark.parametrize("how", ["cut", "changed"])
+def test_a_shard_that_is_damaged_while_it_is_read_is_named(tmp_path, how):
+    snapshot = make_store(tmp_path / "s", segments=(256,)).snapshot()
+    (segment,) = snapshot.segments
+    stream = Stream(snapshot, ["resid.2"], batch_tokens=64, window_rows=64, **EVERYTHING)
+    batches = iter(stream)
+    next(batches)
+    file = segment.acts("resid.2").path
+    if how == "cut":
+        os.truncate(file, 10)
+    else:
+        data = bytearray(file.read_bytes())
+        data[: len(data) // 2] = bytes(len(data) // 2)
+        with file.open("r+b") as f:
+            f.write(data)
+    with pytest.raises(DamagedError, match=rf"{segment.id}.*resid\.2, chunk \d+: "):
+        list(islice(batches, 20))

@@ -24,7 +24,7 @@ from actcache.store.objects import Buffer
 from actcache.store.places import Remote, each
 from actcache.store.reader import Segment, Snapshot, Store, checked_table
 from actcache.store.schema import SnapshotEntry
-from actcache.store.shard import ShardReader
+from actcache.store.shard import OpenShard, ShardReader
 
 
 def through(store: Store, cache: LocalCache) -> Store:
@@ -108,10 +108,10 @@ class CachedShard(ShardReader):
         super().__init__(plain.root, plain.path, plain.info, plain.n_rows, plain.what)
         self._plain, self._cache, self._digest = plain, cache, digest
 
-    def _fill(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+    def _fill(self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None) -> None:
         offset, size = self.place(chunk)
         if not self._cache.read(self._digest, offset, buffer[:size]):
-            super()._fill(chunk, buffer)
+            super()._fill(chunk, buffer, file)
             self._cache.write(self._digest, offset, buffer[:size])
 
     def _pread(self, offset: int, size: int, what: str) -> bytes:
@@ -122,8 +122,10 @@ class CachedShard(ShardReader):
                 self._cache.write(self._digest, offset, block)
         return block.tobytes()
 
-    def _pread_into(self, offset: int, buffer: NDArray[np.uint8], what: str) -> None:
-        self._plain._pread_into(offset, buffer, what)
+    def _pread_into(
+        self, offset: int, buffer: NDArray[np.uint8], what: str, file: OpenShard | None = None
+    ) -> None:
+        self._plain._pread_into(offset, buffer, what, file)
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         return [self._pread(offset, size, self.what) for offset, size in ranges]

@@ -17,7 +17,7 @@ from actcache.store.int8 import F32, Calibration, dequantise
 from actcache.store.layout import DTYPES
 from actcache.store.places import Location
 from actcache.store.schema import HookInfo
-from actcache.store.shard import ShardReader, check_crc
+from actcache.store.shard import OpenShard, ShardReader, check_crc
 from actcache.store.untrusted import read_file
 
 
@@ -63,10 +63,15 @@ class Int8Reader(ShardReader):
         """Rows (rows_in(chunk), d) of one inner chunk, float32. Raises DamagedError."""
         return self._decode(chunk, *self.read_codes(chunk))
 
-    def read_into(self, chunk: int, buffer: NDArray[np.uint8]) -> F32:
-        """Like `read_chunk`; `buffer`, at least `chunk_bytes + 4` bytes, takes the codes."""
+    def read_into(
+        self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None = None
+    ) -> F32:
+        """Like `read_chunk`; `buffer`, at least `chunk_bytes + 4` bytes, takes the codes.
+
+        `file` is that of the codes.
+        """
         scale = self.scales.read_chunk(chunk)[:, 0]
-        return self._decode(chunk, self.codes.read_into(chunk, buffer), scale)
+        return self._decode(chunk, self.codes.read_into(chunk, buffer, file), scale)
 
     def _decode(self, chunk: int, codes: NDArray[np.int8], scale: F32) -> F32:
         if not np.isfinite(scale).all():

@@ -20,7 +20,7 @@ from actcache.store.layout import DTYPES
 from actcache.store.objects import Buffer
 from actcache.store.places import Location, Remote, insist
 from actcache.store.schema import HookInfo
-from actcache.store.untrusted import open_file
+from actcache.store.untrusted import open_regular
 
 _CRC = 4
 _ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -40,6 +40,16 @@ def _compare(found: int, stored: int, what: str) -> None:
             f"{what}: checksum is {found:08x}, expected {stored:08x}. The bytes on disk are "
             "damaged; copy the store again, or delete the segment and rerun actcache"
         )
+
+
+class OpenShard:
+    """A shard's file, open as long as anybody refers to it; threads may share it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
 
 
 class ShardReader:
@@ -115,20 +125,29 @@ class ShardReader:
                 return self.read_chunk(chunk)
             raise
 
-    def read_into(self, chunk: int, buffer: NDArray[np.uint8]) -> NDArray[Any]:
+    def open(self) -> OpenShard | None:
+        """The file, for many calls of `read_into`; None if the shard is no file.
+
+        Raises DamagedError if it is missing or has another size than the store says.
+        """
+        return None if isinstance(self.path, Remote) else self._open(self.what)
+
+    def read_into(
+        self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None = None
+    ) -> NDArray[Any]:
         """Like `read_chunk`, without allocating: the rows are a view of `buffer`.
 
         `buffer` has at least `chunk_bytes + 4` bytes, which are overwritten. Threads may call this
-        at the same time with buffers of their own.
+        at the same time with buffers of their own. `file` saves opening it.
         """
-        insist(self.path, lambda: self._fill(chunk, buffer))
+        insist(self.path, lambda: self._fill(chunk, buffer, file))
         rows = buffer[: self.chunk_bytes].view(self.dtype).reshape(self.chunk_rows, self.d)
         return rows[: self.rows_in(chunk)]
 
-    def _fill(self, chunk: int, buffer: NDArray[np.uint8]) -> None:
+    def _fill(self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None) -> None:
         what = f"{self.what}, chunk {chunk}"
         offset, size = self.place(chunk)
-        self._pread_into(offset, buffer[:size], what)
+        self._pread_into(offset, buffer[:size], what, file)
         stored = int.from_bytes(buffer[self.chunk_bytes : size].tobytes(), "little")
         _compare(google_crc32c.value(buffer[: self.chunk_bytes]), stored, what)
 
@@ -161,23 +180,33 @@ class ShardReader:
         self._pread_into(offset, buffer, what)
         return buffer.tobytes()
 
-    def _pread_into(self, offset: int, buffer: NDArray[np.uint8], what: str) -> None:
+    def _pread_into(
+        self, offset: int, buffer: NDArray[np.uint8], what: str, file: OpenShard | None = None
+    ) -> None:
         if isinstance(self.path, Remote):
             (data,) = self.read_ranges([(offset, len(buffer))])
             buffer[:] = np.frombuffer(data, dtype=np.uint8)
             return
+        file = file or self._open(what)
         try:
-            with open_file(None if self._inside else self.root, self.path) as file:
-                self._inside = True  # links are followed once, not for every chunk
-                found = os.fstat(file.fileno()).st_size
-                if found != self.shard_bytes:
-                    raise DamagedError(
-                        f"{what}: {self.path} has {found:,} bytes, expected {self.shard_bytes:,}"
-                    )
-                size = os.preadv(file.fileno(), [buffer.data], offset)
-        except FileNotFoundError:
-            raise DamagedError(f"{what}: {self.path} is missing") from None
+            size = os.preadv(file.fd, [buffer.data], offset)
         except OSError as e:
             raise DamagedError(f"{what}: {self.path} cannot be read: {e.strerror}") from e
         if size != len(buffer):
             raise DamagedError(f"{what}: short read of {self.path} at {offset}")
+
+    def _open(self, what: str) -> OpenShard:
+        assert not isinstance(self.path, Remote)
+        try:
+            file = OpenShard(open_regular(None if self._inside else self.root, self.path))
+            found = os.fstat(file.fd).st_size
+        except FileNotFoundError:
+            raise DamagedError(f"{what}: {self.path} is missing") from None
+        except OSError as e:
+            raise DamagedError(f"{what}: {self.path} cannot be read: {e.strerror}") from e
+        self._inside = True  # links are followed once, not for every chunk
+        if found != self.shard_bytes:
+            raise DamagedError(
+                f"{what}: {self.path} has {found:,} bytes, expected {self.shard_bytes:,}"
+            )
+        return file

@@ -60,18 +60,23 @@ def names_in(root: Location, folder: str, pattern: re.Pattern[str]) -> Sequence[
 
 
 def open_file(root: Location | None, path: Path) -> FileIO:
-    """A regular file of the store at `root`, unbuffered. DamagedError or OSError.
+    """A regular file of the store at `root`, unbuffered; see `open_regular`."""
+    return FileIO(open_regular(root, path))
+
+
+def open_regular(root: Location | None, path: Path) -> int:
+    """Descriptor of a regular file of the store at `root`. DamagedError or OSError.
 
     `root` is None for a path that was checked before.
     """
     if root is not None:
         inside(root, path)
     # Without O_NONBLOCK a named pipe would be waited for, for ever.
-    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
         raise DamagedError(f"{path} is not a file")
-    return file
+    return fd
 
 
 def read_file(root: Location, path: Location, limit: int, exact: bool = False) -> bytes:

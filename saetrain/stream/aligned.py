@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from actcache.store import DamagedError, HookInfo, HookStats, Segment, TokenTable
 from actcache.store.int8_reader import Int8Reader
 from actcache.store.layout import TOKEN_COLUMNS
-from actcache.store.shard import ShardReader
+from actcache.store.shard import OpenShard, ShardReader
 
 RowMap = NDArray[np.int32]  # (n,) row in another store of each row
 
@@ -106,8 +106,10 @@ class Reordered(ShardReader):
         """As `read_chunk`, one after the other."""
         return [self.read_chunk(c) for c in chunks]
 
-    def read_into(self, chunk: int, buffer: NDArray[np.uint8]) -> NDArray[Any]:
-        """As `read_chunk`; `buffer` is not used."""
+    def read_into(
+        self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None = None
+    ) -> NDArray[Any]:
+        """As `read_chunk`; `buffer` and `file` are not used."""
         return self.read_chunk(chunk)
 
     def read(self) -> NDArray[Any]:

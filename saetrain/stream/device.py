@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saetrain.stream.batch import Batch
@@ -21,8 +23,24 @@ Decode = Callable[[str, tuple[Tensor, ...]], Tensor]
 
 
 def cat(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts; of a single one without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    """The rows of all parts, on the CPU; of a single one without a copy.
+
+    Copied by this thread alone: torch.cat would wake a team of threads, which then spin on the
+    cores that the reading threads need (a quarter of the stream's time on two cores).
+    """
+    if len(parts) == 1:
+        return parts[0]
+    out = torch.empty(sum(len(p) for p in parts), *parts[0].shape[1:], dtype=parts[0].dtype)
+    first = 0
+    for part in parts:
+        _bytes(out[first : first + len(part)])[:] = _bytes(part)
+        first += len(part)
+    return out
+
+
+def _bytes(rows: Tensor) -> NDArray[np.uint8]:
+    """The same memory; bfloat16 has no type in numpy."""
+    return rows.view(torch.uint8).numpy()
 
 
 def to_device(

@@ -31,8 +31,11 @@ from actcache.store.shard import ShardReader
 from saetrain.stream.aligned import AnySegment, row_map, stored
 from saetrain.stream.order import Window
 from saetrain.stream.rows import EligibleRows
+from saetrain.stream.scatter import scatter
 
-_OPEN_SHARDS = 512  # readers kept with their shard index
+_SHARDS = 512  # readers kept with their shard index
+_OPEN_FILES = 64  # of them kept open: processes are often allowed 1,024, on a Mac 256
+_LINE = 64  # bytes of a cache line
 _SPARE = 3  # window buffers kept for reuse
 _SHARES = 4  # pieces of a window for each rank, at least
 Unit = tuple[int, NDArray[np.int64]]  # segment, rows in it
@@ -115,12 +118,14 @@ class Loader:
         self._ring = _Ring(pin)
         self._pool = ThreadPoolExecutor(threads, "read")
         self._scratch = threading.local()
-        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self._reader = lru_cache(maxsize=_SHARDS)(self._open)
+        self._file = lru_cache(maxsize=_OPEN_FILES)(lambda s, h, i: self._reader(s, h)[i].open())
         self.bytes_read = 0
 
     def close(self) -> None:
         """Stop the reading threads; errors of unread windows are dropped with them."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._file.cache_clear()
 
     def load(self, plan: Places) -> Loaded:
         """Read the rows. Raises DamagedError naming segment, hook and chunk."""
@@ -131,7 +136,7 @@ class Loader:
                 key = hook if part == 0 else f"{hook} scales"
                 rows = self._ring.rows(key, (len(plan), reader.d), reader.dtype)
                 (scales if part else acts)[hook] = _tensor(rows)
-                targets.append((hook, part, _wide(rows)))
+                targets.append((hook, part, rows))
         self._in_threads(lambda unit: self._fill(unit, targets), plan.units)
         return Loaded(plan, acts, scales)
 
@@ -166,11 +171,13 @@ class Loader:
     ) -> None:
         s, rows, to = unit
         for hook, part, window in targets:
-            reader = self._reader(s, hook)[part]
+            reader, file = self._reader(s, hook)[part], self._file(s, hook, part)
             there, at = self._there(s, hook, rows, to)
             for lo, hi, chunk in _runs(there, reader.chunk_rows):
-                some = self._chunk(reader, chunk, there[lo:hi])
-                window[at[lo:hi]] = some
+                block = reader.read_into(chunk, self._buffer(reader.chunk_bytes + 8), file)
+                self.bytes_read += reader.chunk_bytes
+                some = there[lo:hi] - chunk * reader.chunk_rows
+                scatter(window, at[lo:hi], block, None if len(some) == len(block) else some)
 
     def _there(
         self, s: int, hook: str, rows: NDArray[np.int64], to: NDArray[np.int64]
@@ -183,24 +190,11 @@ class Loader:
         order = np.argsort(there)
         return there[order], to[order]
 
-    def _chunk(self, reader: ShardReader, chunk: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Chosen rows of an inner chunk in this thread's scratch memory, as in `_wide`."""
-        block = _wide(reader.read_into(chunk, self._buffer("chunk", reader.chunk_bytes + 8)))
-        self.bytes_read += reader.chunk_bytes
-        if len(rows) == len(block):
-            return block
-        rows = rows - chunk * reader.chunk_rows
-        size = len(rows) * block[0].nbytes
-        few = self._buffer("rows", size)[:size].view(block.dtype).reshape(len(rows), -1)
-        # clip: the numbers are in range, and only this mode writes without a copy
-        return np.take(block, rows, 0, few, mode="clip")
-
-    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
-        """Scratch memory of this thread, aligned to 8 bytes."""
-        have: NDArray[np.uint8] | None = getattr(self._scratch, name, None)
+    def _buffer(self, size: int) -> NDArray[np.uint8]:
+        """Scratch memory of this thread."""
+        have: NDArray[np.uint8] | None = getattr(self._scratch, "chunk", None)
         if have is None or len(have) < size:
-            have = np.empty(size, dtype=np.uint8)
-            setattr(self._scratch, name, have)
+            have = self._scratch.chunk = np.empty(size, dtype=np.uint8)
         return have
 
 
@@ -226,12 +220,12 @@ class _Ring:
         size = shape[0] * shape[1] * dtype.itemsize
         buffers = self._buffers.setdefault(hook, [])
         for i in range(len(buffers)):
-            if _unused(buffers, i) and len(buffers[i]) >= size:
-                return buffers[i][:size].view(dtype).reshape(shape)
+            if _unused(buffers, i) and len(buffers[i]) >= size + _LINE:
+                return _aligned(buffers[i], size).view(dtype).reshape(shape)
         # Too small or in use: the list gives up what is free, users keep what they hold.
         buffers[:] = [b for i, b in enumerate(buffers) if not _unused(buffers, i)][-_SPARE + 1 :]
-        buffers.append(self._new(size + size // 8))
-        return buffers[-1][:size].view(dtype).reshape(shape)
+        buffers.append(self._new(size + size // 8 + _LINE))
+        return _aligned(buffers[-1], size).view(dtype).reshape(shape)
 
     def _new(self, size: int) -> NDArray[np.uint8]:
         fresh: NDArray[np.uint8]
@@ -242,16 +236,15 @@ class _Ring:
         return fresh
 
 
+def _aligned(buffer: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """So many bytes of it, from the beginning of a cache line on."""
+    first = -buffer.ctypes.data % _LINE
+    return buffer[first : first + size]
+
+
 def _unused(buffers: list[NDArray[np.uint8]], i: int) -> bool:
     """Whether the list holds the only reference: slices of tensors keep their array alive."""
     return sys.getrefcount(buffers[i]) <= 2  # the list's, and the argument of this call
-
-
-def _wide(rows: NDArray[Any]) -> NDArray[Any]:
-    """The same memory in the widest words that a row consists of: copies run faster."""
-    row_bytes = rows.shape[1] * rows.itemsize
-    word = next(w for w in (8, 4, 2, 1) if row_bytes % w == 0)
-    return rows.view(np.uint8).reshape(len(rows), row_bytes).view(f"u{word}")
 
 
 def _tensor(x: NDArray[Any]) -> Tensor:

@@ -10,6 +10,7 @@ Cost: token tables of the segments that the first window touches, once per start
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ import numpy as np
 from saetrain.stream.ahead import Traffic
 from saetrain.stream.live import LiveStream
 from saetrain.stream.mixing import HIGH, Mixing, advice, measure
+from saetrain.stream.scatter import SWITCH, compiled
 from saetrain.stream.stream import Stream
 
 Say = Callable[[str], None]
@@ -45,6 +47,8 @@ class Told:
             self._say(str(self._mixing))
             if (wanted := advice(self._mixing, self._stream)) is not None:
                 self._say(f"warning: {wanted}")
+            if compiled() is None and os.environ.get(SWITCH) != "0":
+                self._say("no C compiler ($CC, cc): numpy shuffles the rows, which is slower")
 
     def begin_like(self, other: Told) -> None:
         """As `begin`, with what `other` measured of the same stream."""
