@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -32,9 +31,9 @@ from torch import Tensor, nn
 
 from saetrain.codes import Codes, SparseCodes, groupmax_codes, jumprelu_codes, topk_codes
 from saetrain.errors import ConfigError
+from saetrain.straight_through import KERNELS, REACH, Jump, Kernel, Step
 
 InferenceName = Literal["relu", "topk", "jumprelu", "groupmax"]
-Kernel = Literal["rectangle", "triangle", "epanechnikov", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +157,17 @@ class Activation(nn.Module, ABC):
     def form(self) -> Form:
         """The inference form as of now."""
 
+    def floor(self) -> Tensor | None:
+        """(F,) such that h at most so large has value 0 and no gradient; None: there is none.
+
+        Where it exists, so does `at`.
+        """
+        return None
+
+    def at(self, h: Tensor, indices: Tensor) -> Tensor:
+        """`select` of some pre-activations alone, those of the latents `indices`, same shape."""
+        raise NotImplementedError
+
     def infer(self, h: Tensor) -> Codes:
         """Inference form: each token by itself."""
         return self.form()(h)
@@ -174,7 +184,19 @@ class Activation(nn.Module, ABC):
 
 
 class ReLU(Activation):
+    def __init__(self, cfg: ReLUConfig, n_latents: int) -> None:
+        super().__init__(cfg, n_latents)
+        self.register_buffer("_floor", torch.zeros(n_latents), persistent=False)
+
+    _floor: Tensor  # (F,)
+
     def select(self, h: Tensor) -> Tensor:
+        return h.relu()
+
+    def floor(self) -> Tensor:
+        return self._floor
+
+    def at(self, h: Tensor, indices: Tensor) -> Tensor:
         return h.relu()
 
     def form(self) -> Form:
@@ -254,19 +276,41 @@ class JumpReLU(Activation):
         self.threshold = nn.Parameter(torch.full((n_latents,), cfg.threshold))
 
     def select(self, h: Tensor) -> Tensor:
-        out: Tensor = _Jump.apply(h, self.threshold, self._kernel, self.cfg.ste_to_input)  # type: ignore[no-untyped-call]
+        return self._jump(h, self.threshold)
+
+    def _jump(self, h: Tensor, threshold: Tensor) -> Tensor:
+        out: Tensor = Jump.apply(h, threshold, self._kernel, self.cfg.ste_to_input)  # type: ignore[no-untyped-call]
         return out
 
-    def count(self, h: Tensor) -> Tensor:
-        """Number of latents above their thresholds, (...,): the L0 of arXiv 2407.14435, eq. 9."""
-        steps: Tensor = _Step.apply(h, self.threshold, self._kernel, self.cfg.ste_to_input)  # type: ignore[no-untyped-call]
+    def count(self, h: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Number of latents above their thresholds, (...,): the L0 of arXiv 2407.14435, eq. 9.
+
+        h (..., F), or some of it: (..., K) of the latents `indices`.
+        """
+        theta = self.threshold if indices is None else self._thresholds(indices)
+        steps: Tensor = Step.apply(h, theta, self._kernel, self.cfg.ste_to_input)  # type: ignore[no-untyped-call]
         return steps.sum(-1)
+
+    @torch.no_grad()
+    def floor(self) -> Tensor | None:
+        """θ less the reach of the kernel, and a little for rounding; None for the gaussian's."""
+        reach = REACH[self.cfg.kernel] * self.cfg.bandwidth
+        if math.isinf(reach):
+            return None
+        floor_F: Tensor = self.threshold - (1.001 * reach + 1e-6 * self.threshold.abs())
+        return floor_F
+
+    def at(self, h: Tensor, indices: Tensor) -> Tensor:
+        return self._jump(h, self._thresholds(indices))
+
+    def _thresholds(self, indices: Tensor) -> Tensor:
+        return self.threshold.gather(0, indices.reshape(-1)).reshape(indices.shape)
 
     def _kernel(self, h: Tensor, threshold: Tensor) -> Tensor:
         """K((h - θ) / ε) / ε."""
         u = (h.to(threshold.dtype) - threshold) / self.cfg.bandwidth
         density = KERNELS[self.cfg.kernel](u)
-        return density / float(self.cfg.bandwidth)
+        return density.div_(float(self.cfg.bandwidth))
 
     def form(self) -> Form:
         return Form(activation="jumprelu", threshold=self.threshold)
@@ -274,53 +318,6 @@ class JumpReLU(Activation):
     @torch.no_grad()
     def project(self) -> None:
         self.threshold.clamp_(min=0)
-
-
-KERNELS: dict[str, Callable[[Tensor], Tensor]] = {  # densities over u
-    "rectangle": lambda u: (u.abs() < 0.5).to(u.dtype),
-    "triangle": lambda u: (1 - u.abs()).relu(),
-    "epanechnikov": lambda u: 0.75 * (1 - u.square()).relu(),
-    "gaussian": lambda u: torch.exp(-0.5 * u.square()) / math.sqrt(2 * math.pi),
-}
-
-
-class _Jump(torch.autograd.Function):
-    """h 1[h > θ]. ∂/∂θ = -θ K/ε is exact for the expectation over h + ε ξ, with ξ drawn from K."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, threshold: Tensor, kernel: Any, to_input: bool) -> Tensor:
-        ctx.save_for_backward(h, threshold)
-        ctx.kernel, ctx.to_input = kernel, to_input
-        return h * (h > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, threshold = ctx.saved_tensors
-        near = ctx.kernel(h, threshold) * threshold * grads[0]
-        grad_h = grads[0] * (h > threshold)
-        if ctx.to_input:
-            grad_h = grad_h + near.to(grad_h.dtype)
-        return grad_h, -_over_tokens(near), None, None
-
-
-class _Step(torch.autograd.Function):
-    """1[h > θ]. ∂/∂θ = -K/ε, of the same expectation."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, threshold: Tensor, kernel: Any, to_input: bool) -> Tensor:
-        ctx.save_for_backward(h, threshold)
-        ctx.kernel, ctx.to_input = kernel, to_input
-        return (h > threshold).to(threshold.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, threshold = ctx.saved_tensors
-        near = ctx.kernel(h, threshold) * grads[0]
-        return near.to(h.dtype) if ctx.to_input else None, -_over_tokens(near), None, None
-
-
-def _over_tokens(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).sum(0)
 
 
 class Calibrator:

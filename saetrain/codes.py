@@ -12,13 +12,15 @@ K active slots, A auxiliary slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saetrain.kernels import decode as kernels_decode
-from saetrain.kernels.batchtopk import encode_batchtopk
+from saetrain.kernels.above import encode_above
+from saetrain.kernels.batchtopk import encode_batchtopk, encode_batchtopk_of
 from saetrain.kernels.decode import decode
 from saetrain.kernels.encode import encode_topk
 
@@ -30,6 +32,7 @@ class SparseCodes:
     values: Tensor  # (..., K), non-negative
     indices: Tensor  # (..., K), int64 in [0, n_latents), distinct where values are not 0
     n_latents: int
+    used: Tensor | None = None  # (..., K) bool, the slots that get gradients; None: all. CPU only
 
     def dense(self) -> Tensor:
         """(..., F) with zeros elsewhere. Costs batch x latents memory."""
@@ -50,7 +53,8 @@ def decode_codes(codes: Codes, W_dec_FE: Tensor) -> Tensor:
     if not isinstance(codes, SparseCodes):
         return codes @ W_dec_FE
     lead, k = codes.values.shape[:-1], codes.values.shape[-1]
-    out = decode(codes.values.reshape(-1, k), codes.indices.reshape(-1, k), W_dec_FE)
+    used = None if codes.used is None else codes.used.reshape(-1, k)
+    out = decode(codes.values.reshape(-1, k), codes.indices.reshape(-1, k), W_dec_FE, used)
     return out.reshape(*lead, W_dec_FE.shape[-1])
 
 
@@ -142,8 +146,48 @@ def select_batchtopk(
         raise ValueError("select_batchtopk gives no gradient to its input: use BatchTopK.select")
     k_aux = 0 if dead_F is None else k_aux
     codes, aux = encode_batchtopk(x_BD, W_enc_DF, b_enc_F, keep, dead_F, k_aux, _autocast(x_BD))
-    n_latents = W_enc_DF.shape[1]
-    return SparseCodes(*codes, n_latents), SparseCodes(*aux, n_latents) if k_aux else None
+    return _batchtopk_codes(codes, W_enc_DF.shape[1]), _aux_codes(aux, W_enc_DF.shape[1])
+
+
+def select_batchtopk_of(
+    layers: Sequence[tuple[Tensor, Tensor, Tensor]],
+    keep: int,
+    dead_LF: Sequence[Tensor | None],
+    k_aux: int,
+) -> list[tuple[SparseCodes, SparseCodes | None]]:
+    """`select_batchtopk` of several layers (x, W_enc, b_enc), which share `keep`."""
+    size = layers[0][1].shape[1]
+    found = encode_batchtopk_of(layers, keep, dead_LF, k_aux)
+    return [(_batchtopk_codes(codes, size), _aux_codes(aux, size)) for codes, aux in found]
+
+
+def _batchtopk_codes(slots: tuple[Tensor, Tensor], n_latents: int) -> SparseCodes:
+    return SparseCodes(*slots, n_latents, slots[0].detach() > 0)
+
+
+def _aux_codes(slots: tuple[Tensor, Tensor], n_latents: int) -> SparseCodes | None:
+    return SparseCodes(*slots, n_latents) if slots[0].shape[-1] else None
+
+
+def select_above(
+    x_BD: Tensor,
+    W_enc_DF: Tensor,
+    b_enc_F: Tensor,
+    floor_F: Tensor,
+    dead_F: Tensor | None = None,
+    k_aux: int = 0,
+) -> tuple[SparseCodes, SparseCodes | None] | None:
+    """The pre-activations above `floor_F` as codes, with gradients to W_enc and b_enc, and AuxK's.
+
+    Unused slots hold a very negative number. None where so many are above that dense codes are
+    cheaper. For the CPU, and not for inputs that ask for a gradient.
+    """
+    k_aux = 0 if dead_F is None else k_aux
+    found = encode_above(x_BD, W_enc_DF, b_enc_F, floor_F, dead_F, k_aux, _autocast(x_BD))
+    if found is None:
+        return None
+    codes, used, aux = found
+    return SparseCodes(*codes, W_enc_DF.shape[1], used), _aux_codes(aux, W_enc_DF.shape[1])
 
 
 def input_bias(b_enc_F: Tensor, b_dec_D: Tensor, W_enc_DF: Tensor) -> Tensor:
@@ -160,6 +204,11 @@ def _autocast(x: Tensor) -> bool:
     device = x.device.type
     known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return known and torch.get_autocast_dtype(device) == torch.bfloat16
+
+
+def ragged_pays(x: Tensor) -> bool:
+    """Whether lists whose length is data may be made of x: not on a GPU, not while torch traces."""
+    return x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling()
 
 
 def prefer_dense(k: int, n_latents: int) -> bool:

@@ -41,8 +41,10 @@ def by_layer(codes: Codes, n_layers: int, *, ordered: bool = False) -> list[Code
     slots = codes.indices.shape[-1] // n_layers
     where = torch.arange(codes.indices.shape[-1], device=layer.device) // max(1, slots)
     if ordered or bool((layer == where).all()):
-        cuts = zip(codes.values.chunk(n_layers, -1), inside.chunk(n_layers, -1), strict=True)
-        return [SparseCodes(values, indices, size) for values, indices in cuts]
+        values_L, indices_L = codes.values.chunk(n_layers, -1), inside.chunk(n_layers, -1)
+        used_L = [None] * n_layers if codes.used is None else codes.used.chunk(n_layers, -1)
+        cuts = zip(values_L, indices_L, used_L, strict=True)
+        return [SparseCodes(values, indices, size, used) for values, indices, used in cuts]
     return [SparseCodes(codes.values * (layer == i), inside, size) for i in range(n_layers)]
 
 

@@ -28,6 +28,8 @@ from saetrain.codes import (
     SparseCodes,
     decode_codes,
     input_bias,
+    ragged_pays,
+    select_above,
     select_batchtopk,
     select_topk,
     topk_codes,
@@ -99,7 +101,7 @@ class Picked:
     """What the encoder made of one batch."""
 
     codes: Codes
-    pre: Tensor | None  # (B, F) pre-activations, where something needs them
+    pre: Tensor | None  # (B, F) pre-activations where something needs them; of sparse codes (B, K)
     aux: SparseCodes | None = None  # dead latents only
     dead: Tensor | None = None  # (F,) bool, what `aux` was chosen from
 
@@ -203,7 +205,8 @@ class Dictionary(SAE):
     def pick(self, x_BD: Tensor, w: Weights) -> Picked:
         """Codes of standardised inputs in their training form, and AuxK's candidates.
 
-        TopK without a penalty that reads pre-activations makes nothing dense after the selection.
+        TopK and BatchTopK without a penalty that reads pre-activations, and ReLU and JumpReLU once
+        few latents fire, make nothing dense after the selection.
         """
         x_BD, bias_F = self._encoder_terms(x_BD, w)
         needs_pre = self.penalty is not None and self.penalty.needs_pre
@@ -213,6 +216,8 @@ class Dictionary(SAE):
             keep, dead_F = self.activation.keep(len(x_BD)), self._aux_candidates()
             codes, aux = select_batchtopk(x_BD, w.W_enc, bias_F, keep, dead_F, self.aux_k)
             return Picked(codes, None, aux, dead_F)
+        if (few := self._pick_above(x_BD, w.W_enc, bias_F)) is not None:
+            return few
         h_BF = x_BD @ w.W_enc + bias_F
         aux, dead_F = self.pick_dead(h_BF)
         return Picked(self.activation.select(h_BF), h_BF, aux, dead_F)
@@ -229,6 +234,20 @@ class Dictionary(SAE):
         aux = SparseCodes(values, dead.expand(len(x_BD), -1), self.n_latents)
         codes, _ = select_topk(x_BD, W_enc_DF, bias_F, k, product_BF=product_BF)
         return Picked(codes, None, aux, dead_F)
+
+    def _pick_above(self, x_BD: Tensor, W_enc_DF: Tensor, bias_F: Tensor) -> Picked | None:
+        """Codes of what lies above a floor; None where there is none, or dense codes are better."""
+        floor_F = self.activation.floor() if ragged_pays(x_BD) else None
+        if floor_F is None:
+            return None
+        dead_F = self._aux_candidates()
+        found = select_above(x_BD, W_enc_DF, bias_F, floor_F, dead_F, self.aux_k)
+        if found is None:
+            return None
+        pre, aux = found
+        values = self.activation.at(pre.values, pre.indices)
+        codes = SparseCodes(values, pre.indices, self.n_latents, pre.used)
+        return Picked(codes, pre.values, aux, dead_F)
 
     def pick_dead(self, h_BF: Tensor) -> tuple[SparseCodes | None, Tensor | None]:
         """The `aux_k` largest positive dead latents of dense pre-activations, and who is dead."""

@@ -145,8 +145,8 @@ class Penalty(nn.Module, ABC):
     def forward(
         self, codes: Codes, pre: Tensor | None, norms_F: Tensor | None, progress: Progress
     ) -> Tensor:
-        """Codes of N tokens, their pre-activations (..., F) where they were made, norms n or None
-        for 1."""
+        """Codes of N tokens, their pre-activations where they were made, (..., F), or (..., K) of
+        sparse codes; norms n or None for 1."""
         return self.coefficient(progress) * self.size(codes, pre, norms_F, progress)
 
     @abstractmethod
@@ -198,7 +198,8 @@ class L0(Penalty):
     ) -> Tensor:
         if pre is None:
             raise ValueError("l0 needs pre-activations")
-        mean, target = self.count(pre).mean(), self.cfg.target
+        indices = codes.indices if isinstance(codes, SparseCodes) else None
+        mean, target = self.count(pre, indices).mean(), self.cfg.target
         return mean if target is None else (mean / float(target) - 1).square()
 
 

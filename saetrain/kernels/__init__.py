@@ -3,6 +3,7 @@
 gemm.py     h = x W + b by the fastest library for this processor, or in bf16
 topk.py     the exact k largest of long rows, by a tournament of maxima
 encode.py   product and selection in pieces that stay in cache, with a sparse backward
+batchtopk.py  the same for the k·N largest of a batch; above.py for what is above a threshold
 decode.py   sum of the decoder rows that fire, with a sparse backward; prefixes of it
 latents.py  what all backwards are made of: dot products and sums over the slots of a latent
 rows.py     unit-norm rows and projected gradients in one pass over memory

@@ -14,6 +14,8 @@ bf16: as in encode.py, the product proposes keep + keep/8, float32 decides. Plai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,33 @@ def encode_batchtopk(
         return [values, indices, *decide(x_BD, W_DF.T, b_F, proposed, k_aux, dead_F)]
 
     return encode_with(select, x_BD, W_DF, b_F)
+
+
+def encode_batchtopk_of(
+    layers: Sequence[tuple[Tensor, Tensor, Tensor]],
+    keep: int,
+    dead_LF: Sequence[Tensor | None],
+    k_aux: int = 0,
+) -> list[tuple[Slots, Slots]]:
+    """`encode_batchtopk` of each of L layers, given as (x, W, b), but `keep` of all together.
+
+    Float32 decides, whatever autocast says.
+    """
+    device = layers[0][0].device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        h_LBF = torch.stack([product(x, W.to(x.dtype), b) for x, W, b in layers])
+        wide, places = padded(h_LBF.flatten(0, 1), keep)
+        both_LBK = [t.reshape(*h_LBF.shape[:2], -1) for t in (wide, places)]
+        found = [[t.clone() for t in slots] for slots in zip(*both_LBK, strict=True)]
+        for slots, h_BF, dead_F in zip(found, h_LBF, dead_LF, strict=True):
+            if k_aux and dead_F is not None:
+                slots += exact_topk(h_BF.masked_fill_(~dead_F, 0), k_aux)
+            else:
+                slots += [wide.new_empty(len(h_BF), 0), places.new_empty(len(h_BF), 0)]
+    return [
+        encode_with(lambda slots=slots: slots, *layer)  # type: ignore[misc]
+        for slots, layer in zip(found, layers, strict=True)
+    ]
 
 
 def ragged(h_BF: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,14 +61,20 @@ def encode_topk(
 
 
 def encode_with(
-    select: Callable[[], list[Tensor]], x_BD: Tensor, W_DF: Tensor, b_F: Tensor
+    select: Callable[[], list[Tensor]],
+    x_BD: Tensor,
+    W_DF: Tensor,
+    b_F: Tensor,
+    *,
+    cut: bool = True,
 ) -> tuple[Slots, Slots]:
     """What `select` finds, relu'd, with gradients to W and b through the slots above 0 alone.
 
     It gives values and indices (B, K), then those of the auxiliary slots (B, A), where values are
-    x W + b at the indices. It runs without autograd and outside autocast.
+    x W + b at the indices. It runs without autograd and outside autocast. Without `cut` the first
+    values stay as they are, with all of their gradients.
     """
-    out = _Encode.apply(x_BD, W_DF, b_F, select)  # type: ignore[no-untyped-call]
+    out = _Encode.apply(x_BD, W_DF, b_F, select, cut)  # type: ignore[no-untyped-call]
     return (out[0], out[1]), (out[2], out[3])
 
 
@@ -81,16 +87,21 @@ def pieces(n_tokens: int, n_latents: int, device: str) -> list[slice]:
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, W_DF: Tensor, b_F: Tensor, select: Callable[[], list[Tensor]]
+        ctx: Any,
+        x_BD: Tensor,
+        W_DF: Tensor,
+        b_F: Tensor,
+        select: Callable[[], list[Tensor]],
+        cut: bool,
     ) -> tuple[Tensor, ...]:
         device = x_BD.device.type
         known = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if known else nullcontext():
             out = select()
-        values, aux = out[0].relu_(), out[2].relu_()
+        values, aux = out[0].relu_() if cut else out[0], out[2].relu_()
         ctx.save_for_backward(x_BD, values, out[1], aux, out[3])
         ctx.W, ctx.n_latents = (W_DF if W_DF.is_leaf else None), W_DF.shape[1]
-        ctx.dtypes = W_DF.dtype, b_F.dtype
+        ctx.dtypes, ctx.cut = (W_DF.dtype, b_F.dtype), cut
         ctx.mark_non_differentiable(out[1], out[3])
         return values, out[1], aux, out[3]
 
@@ -98,18 +109,30 @@ class _Encode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, *saved = ctx.saved_tensors
-        slots = [(grads[0], *saved[:2]), (grads[2], *saved[2:])]
-        weights = torch.cat([(g * (v > 0)).to(x_BD.dtype) for g, v, _ in slots], 1)
-        indices = torch.cat([i for _, _, i in slots], 1)
+        values, indices, aux, aux_indices = saved
+        weights = (grads[0] * (values > 0) if ctx.cut else grads[0]).to(x_BD.dtype)
+        if aux.shape[1]:
+            weights = torch.cat([weights, (grads[2] * (aux > 0)).to(x_BD.dtype)], 1)
+            indices = torch.cat([indices, aux_indices], 1)
         W_dtype, b_dtype = ctx.dtypes
         grad_b = x_BD.new_zeros(ctx.n_latents)
         grad_b.scatter_add_(0, indices.reshape(-1), weights.reshape(-1))
-        if 16 * indices.shape[1] >= ctx.n_latents:  # many auxiliary slots: a product is cheaper
+        if many(weights, ctx.n_latents):  # of the auxiliary slots: a product is cheaper
             wide = x_BD.new_zeros(len(x_BD), ctx.n_latents).scatter_add_(1, indices, weights)
             grad_W = wide.T @ x_BD
         else:
             grad_W = sum_by_latent(x_BD, weights, indices, ctx.n_latents, ctx.W)
-        return None, grad_W.T.to(W_dtype), grad_b.to(b_dtype), None
+        return None, grad_W.T.to(W_dtype), grad_b.to(b_dtype), None, None
+
+
+def many(weights_BK: Tensor, n_latents: int) -> bool:
+    """Whether a matrix product beats gathering rows: from one latent in 16 on (measured).
+
+    On the CPU slots of weight 0 do not count; elsewhere counting would have to be waited for.
+    """
+    n, k = weights_BK.shape
+    used = int(weights_BK.count_nonzero()) if weights_BK.device.type == "cpu" else n * k
+    return 16 * used >= n * n_latents
 
 
 class _Full:

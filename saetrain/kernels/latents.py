@@ -25,16 +25,30 @@ LARGE = 1 << 22  # elements from which fresh memory comes page by page from the 
 _homes: Any = WeakTensorKeyDictionary()  # parameter -> memory of its gradient
 
 
-def dot_rows(x_BD: Tensor, W_FD: Tensor, indices_BK: Tensor) -> Tensor:
-    """(B, K): x_b · W[indices_bk]. Plain twin: torch.einsum("bd,bkd->bk", x, W[indices])."""
+def dot_rows(
+    x_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, used_BK: Tensor | None = None
+) -> Tensor:
+    """(B, K): x_b · W[indices_bk]. Plain twin: torch.einsum("bd,bkd->bk", x, W[indices]).
+
+    Where `used_BK` is False, 0 without a product; only on the CPU, as others would wait for it.
+    """
     n, k = indices_BK.shape
-    flat = indices_BK.reshape(-1)
-    bags = torch.arange(0, n * k, k, device=flat.device)
-    token = torch.arange(n, device=flat.device).repeat_interleave(k, output_size=n * k)
+    if used_BK is not None:
+        pairs = dot_pairs(x_BD, W_FD, used_BK.nonzero()[:, 0], indices_BK[used_BK])
+        return x_BD.new_zeros(n, k).masked_scatter_(used_BK, pairs)
+    token = torch.arange(n, device=x_BD.device).repeat_interleave(k, output_size=n * k)
+    return dot_pairs(x_BD, W_FD, token, indices_BK.reshape(-1)).reshape(n, k)
+
+
+def dot_pairs(x_BD: Tensor, W_FD: Tensor, tokens: Tensor, latents: Tensor) -> Tensor:
+    """(n,): x[tokens] · W[latents], pair by pair; tokens ascend."""
+    if not len(tokens):
+        return x_BD.new_zeros(0)
+    bags = torch.zeros(len(x_BD), dtype=latents.dtype, device=latents.device)  # it reads none
     out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x_BD.contiguous(), W_FD, flat, bags, token, 0
+        x_BD.contiguous(), W_FD, latents, bags, tokens, 0
     )
-    return out.reshape(n, k)
+    return out
 
 
 def sum_by_latent(
@@ -43,20 +57,26 @@ def sum_by_latent(
     """(F, D): row i sums weights_bk x_b over the slots with indices_bk = i.
 
     `home` is the parameter that the result is a gradient of, (F, D) or (D, F): its memory is used
-    again. Plain twin: `SparseCodes(weights, indices, F).dense().T @ x`.
+    again. Slots of weight 0 are left out on the CPU. Plain twin:
+    `SparseCodes(weights, indices, F).dense().T @ x`.
     """
+    weights, latents, used = weights_BK.reshape(-1), indices_BK.reshape(-1), None
+    if x_BD.device.type == "cpu":  # elsewhere their number would have to be waited for
+        used = weights.nonzero().squeeze(1)
+        weights, latents = weights[used], latents[used]
     # Half as wide indices sort twice as fast; stable, so the order of summation is fixed.
-    by_latent, order = indices_BK.reshape(-1).to(torch.int32).sort(stable=True)
+    by_latent, order = latents.to(torch.int32).sort(stable=True)
     edges = torch.arange(n_latents + 1, device=x_BD.device, dtype=torch.int32)
     starts = torch.searchsorted(by_latent, edges)
-    tokens, weights = order // indices_BK.shape[-1], weights_BK.reshape(-1)[order]
+    weights, slots = weights[order], order if used is None else used[order]
+    tokens = slots // indices_BK.shape[-1]
     if x_BD.device.type != "cpu" or n_latents * x_BD.shape[1] < LARGE:
         return _bags(x_BD, tokens, weights, starts[:-1])
     out_FD = _memory(x_BD, n_latents, home)
     step = max(1, PIECE // x_BD.shape[1])
     firsts = range(0, n_latents, step)
-    slots = [*starts[:-1:step].tolist(), len(tokens)]  # on the CPU: nothing to wait for
-    for first, (begin, end) in zip(firsts, pairwise(slots), strict=True):
+    edge = [*starts[:-1:step].tolist(), len(tokens)]  # on the CPU: nothing to wait for
+    for first, (begin, end) in zip(firsts, pairwise(edge), strict=True):
         rows = slice(first, min(first + step, n_latents))
         here = slice(begin, end)
         out_FD[rows] = _bags(x_BD, tokens[here], weights[here], starts[rows] - begin)

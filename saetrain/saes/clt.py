@@ -19,7 +19,7 @@ Shapes: B tokens, L layers, D input width, E output width, F latents of a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from actcache.store.hooknames import parse_alias
 from saetrain import init
 from saetrain.activations import BatchTopK, GroupMax, TopK
-from saetrain.codes import Codes, SparseCodes, decode_codes, select_topk, topk_codes
+from saetrain.codes import (
+    Codes,
+    SparseCodes,
+    decode_codes,
+    ragged_pays,
+    select_above,
+    select_batchtopk_of,
+    select_topk,
+    topk_codes,
+)
 from saetrain.cross_layer import InferenceClt, by_layer, layer_after_layer
 from saetrain.dictionary import DictionaryConfig, Picked, Weights
 from saetrain.errors import ConfigError
@@ -137,8 +146,8 @@ class Clt(Linked):
             nn.Parameter(init.random_rows(self.per_layer, (self.n_layers - i) * self.d_out, rows))
             for i in range(self.n_layers)
         )
-        columns = [init.random_rows(self.per_layer, self.d_in, norm).T for _ in self.hooks_in]
-        self.W_enc = nn.Parameter(torch.stack(columns))
+        columns = [init.random_rows(self.per_layer, self.d_in, norm) for _ in self.hooks_in]
+        self.W_enc = nn.Parameter(torch.stack(columns).mT)  # one latent after the other
         self.b_enc = nn.Parameter(self.W_enc.new_zeros(self.n_layers, self.per_layer))
         self.b_dec = nn.Parameter(self.W_enc.new_zeros(self.n_layers * self.d_out))
         if self.cfg.init_bias != "zero":
@@ -202,9 +211,15 @@ class Clt(Linked):
 
     def pick(self, x_BD: Tensor, w: Weights | CltWeights) -> Picked:
         """Codes of standardised inputs in their training form, and AuxK's candidates."""
-        needs_pre = self.penalty is not None and self.penalty.needs_pre
+        w, needs_pre = cast(CltWeights, w), self.penalty is not None and self.penalty.needs_pre
         if isinstance(self.activation, TopK) and not needs_pre:
-            return self._pick_layers(x_BD, cast(CltWeights, w), self.activation.cfg.k)
+            return self._pick_topk_layers(x_BD, w, self.activation.cfg.k)
+        if ragged_pays(x_BD):
+            few = self._pick_above_layers(x_BD, w)
+            if isinstance(self.activation, BatchTopK) and not needs_pre:
+                few = self._pick_batchtopk(x_BD, w, self.activation.keep(len(x_BD) * self.n_layers))
+            if few is not None:
+                return few
         h_BLF = self.pre_activations(x_BD, w)
         dead, aux = self._aux_candidates(), None
         if dead is not None:
@@ -215,19 +230,47 @@ class Clt(Linked):
     def _best(self, h_BLF: Tensor, alive_LF: Tensor) -> SparseCodes:
         return topk_codes(h_BLF.masked_fill(alive_LF, 0), self.aux_k)
 
-    def _pick_layers(self, x_BD: Tensor, w: CltWeights, k: int) -> Picked:
-        """`select_topk` of every layer."""
-        dead = self._aux_candidates()
-        dead_L = [None] * self.n_layers if dead is None else list(dead.chunk(self.n_layers))
+    def _layers(self, x_BD: Tensor, w: CltWeights) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(x, W, b) of every layer's product."""
         x_LBD = x_BD.reshape(len(x_BD), self.n_layers, self.d_in).unbind(1)
+        W_LDF = [W.T for W in w.W_enc.mT.unbind()]  # so gradients are joined as they lie
+        return list(zip(x_LBD, W_LDF, w.b_enc, strict=True))
+
+    def _dead_layers(self) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Who is dead, and who of each layer."""
+        dead = self._aux_candidates()
+        return dead, [None] * self.n_layers if dead is None else list(dead.chunk(self.n_layers))
+
+    def _pick_topk_layers(self, x_BD: Tensor, w: CltWeights, k: int) -> Picked:
+        """`select_topk` of every layer."""
+        (dead, dead_L), layers = self._dead_layers(), self._layers(x_BD, w)
         picked = [
-            select_topk(x, W, b, k, dead_F, self.aux_k)
-            for x, W, b, dead_F in zip(x_LBD, w.W_enc, w.b_enc, dead_L, strict=True)
+            select_topk(*layer, k, dead_F, self.aux_k)
+            for layer, dead_F in zip(layers, dead_L, strict=True)
         ]
-        codes, aux = _side_by_side([p[0] for p in picked]), None
-        if dead is not None:
-            aux = _side_by_side([p[1] for p in picked if p[1] is not None])
-        return Picked(codes, None, aux, dead)
+        return _joined(picked, dead)
+
+    def _pick_above_layers(self, x_BD: Tensor, w: CltWeights) -> Picked | None:
+        """`select_above` of every layer; None where it is for none, or too many fire in one."""
+        floor = self.activation.floor()
+        if floor is None:
+            return None
+        (dead, dead_L), layers = self._dead_layers(), self._layers(x_BD, w)
+        picked = []
+        for layer, floor_F, dead_F in zip(layers, floor.chunk(self.n_layers), dead_L, strict=True):
+            found = select_above(*layer, floor_F, dead_F, self.aux_k)
+            if found is None:
+                return None
+            picked.append(found)
+        joined = _joined(picked, dead)
+        pre = cast(SparseCodes, joined.codes)
+        values = self.activation.at(pre.values, pre.indices)
+        return replace(joined, codes=replace(pre, values=values), pre=pre.values)
+
+    def _pick_batchtopk(self, x_BD: Tensor, w: CltWeights, keep: int) -> Picked:
+        """`select_batchtopk_of` all layers."""
+        dead, dead_L = self._dead_layers()
+        return _joined(select_batchtopk_of(self._layers(x_BD, w), keep, dead_L, self.aux_k), dead)
 
     def revival(self, e_BE: Tensor, picked: Picked, w: Weights | CltWeights) -> dict[str, Tensor]:
         """{"auxk": term}, empty where AuxK is off, 0 while nothing is dead."""
@@ -266,9 +309,30 @@ class Clt(Linked):
         )
 
 
+def _joined(
+    picked: Sequence[tuple[SparseCodes, SparseCodes | None]], dead: Tensor | None
+) -> Picked:
+    """Codes and AuxK's candidates of L layers as those of all of them."""
+    aux = None
+    if dead is not None:
+        aux = _side_by_side([p[1] for p in picked if p[1] is not None])
+    return Picked(_side_by_side([p[0] for p in picked]), None, aux, dead)
+
+
 def _side_by_side(layers: Sequence[SparseCodes]) -> SparseCodes:
-    """Codes of L layers, each (B, K) of its own latents, as codes (B, L·K) of all of them."""
-    values = torch.cat([codes.values for codes in layers], dim=-1)
-    size = layers[0].n_latents
-    indices = torch.cat([codes.indices + i * size for i, codes in enumerate(layers)], dim=-1)
-    return SparseCodes(values, indices, size * len(layers))
+    """Codes of L layers, each (B, K) of its own latents, as codes (B, L·K) of all of them.
+
+    Those that have fewer slots than another get unused ones.
+    """
+    size, width = layers[0].n_latents, max(codes.indices.shape[-1] for codes in layers)
+    values, indices, used = [], [], []
+    for i, codes in enumerate(layers):
+        more = (0, width - codes.indices.shape[-1])
+        low = torch.finfo(codes.values.dtype).min if more[1] else 0.0
+        values.append(nn.functional.pad(codes.values, more, value=low))
+        indices.append(nn.functional.pad(codes.indices, more) + i * size)
+        if codes.used is not None:
+            used.append(nn.functional.pad(codes.used, more))
+    mask = torch.cat(used, dim=-1) if used else None
+    n_latents = size * len(layers)
+    return SparseCodes(torch.cat(values, dim=-1), torch.cat(indices, dim=-1), n_latents, mask)

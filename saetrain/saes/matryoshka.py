@@ -133,7 +133,10 @@ def part(codes: Codes, start: int, stop: int) -> Codes:
         return codes[..., start:stop]
     inside = (codes.indices >= start) & (codes.indices < stop)
     indices = (codes.indices - start).clamp(0, stop - start - 1)
-    return SparseCodes(codes.values * inside, indices, stop - start)
+    used = None  # others than the CPU would have to wait for the number of them
+    if inside.device.type == "cpu" and not torch.compiler.is_compiling():
+        used = inside if codes.used is None else inside & codes.used
+    return SparseCodes(codes.values * inside, indices, stop - start, used)
 
 
 def random_prefixes(n: int, n_latents: int) -> list[int]:
