@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from saetrain import init
-from saetrain.activations import ActivationConfig, BatchTopK, TopK, make_activation
+from saetrain.activations import (
+    ActivationConfig,
+    BatchTopK,
+    GroupMax,
+    ReLU,
+    TopK,
+    make_activation,
+)
 from saetrain.codes import (
     Codes,
     SparseCodes,
@@ -305,23 +312,29 @@ class Dictionary(SAE):
         if self.cfg.init_bias == "geometric_median":
             self.b_dec.copy_(init.geometric_median(y_BE))
         if self.cfg.init_norm == "search":
+            self.product = None  # it was made with the length before
             self._search_norm(x_BD[:1024], y_BE[:1024])
 
     def _search_norm(self, x_BD: Tensor, y_BE: Tensor) -> None:
-        """Set the start length that reconstructs best on x, of `init.NORMS`."""
+        """Set the start length that reconstructs best on x; with thresholds, of `init.NORMS`."""
         columns = self.W_enc / self.W_enc.norm(dim=-2, keepdim=True)
         rows = [W / W[0].norm() for W in self.decoders()]
         free = self.cfg.decoder_norm == "free"
 
-        def error(norm: float) -> float:
+        def predict(norm: float) -> Tensor:
             self.W_enc.copy_(columns * norm)
             for W, rows_FE in zip(self.decoders(), rows, strict=True):
                 W.copy_(rows_FE * norm if free else rows_FE)
             w = self.weights()
-            e_BE = y_BE - self.predict(self.pick(x_BD, w).codes, x_BD, w)
-            return float(e_BE.square().sum(-1).mean())
+            return self.predict(self.pick(x_BD, w).codes, x_BD, w)
 
-        error(min(init.NORMS, key=error))  # the last call leaves the best one set
+        def error(norm: float) -> float:
+            return float((y_BE - predict(norm)).square().sum(-1).mean())
+
+        if isinstance(self.activation, ReLU | TopK | BatchTopK | GroupMax):  # latents in proportion
+            predict(init.best_norm(y_BE, predict, power=2 if free else 1))
+        else:
+            error(min(init.NORMS, key=error))  # the last call leaves the best one set
 
     def before_step(self) -> None:
         """With rows of length 1: take the radial part from the decoder's gradient."""
