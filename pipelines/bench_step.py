@@ -10,6 +10,7 @@ turns, one step a turn:
   fve_vs_TOOL      held-out FVE after equal rows over theirs, each with its own defaults (more)
   fve_same_lr_*    the same with our learning rate given to them
   bf16_speedup_*   tokens a second under bf16 over float32; bf16_fve: FVE over that of float32
+  jumprelu_sparse_vs_dense_*  tokens a second of a JumpReLU at L0 = k, as it is over dense codes
 
     python -m pipelines.bench_step [--quick] [--json FILE]
 """
@@ -19,7 +20,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,14 @@ from pipelines.bench import (
     turns,
     why_absent,
 )
+from saetrain.activations import JumpReLU
+from saetrain.kernels import above
 from saetrain.kernels.gemm import product
 from saetrain.optim import Optimizer
 from saetrain.optim_settings import OptimSettings
 from saetrain.saes import make_sae
 from saetrain.saes.base import HookSpace, Progress
+from saetrain.saes.sae import Autoencoder
 from saetrain.window import Window, step_numbers
 
 Say = Callable[[str], None]
@@ -89,11 +94,18 @@ class Ours:
     """The steps of `saetrain.trainer`, without a store around them."""
 
     def __init__(
-        self, space: HookSpace, n_latents: int, k: int, lr: float | None, bf16: bool
+        self,
+        space: HookSpace,
+        n_latents: int,
+        k: int,
+        lr: float | None = None,
+        bf16: bool = False,
+        preset: str = "topk",
     ) -> None:
         torch.manual_seed(0)
-        self.bf16 = bf16
-        self.sae = make_sae({"name": "topk", "n_latents": n_latents, "k": k}, {HOOK: space})
+        self.bf16, self.k = bf16, k
+        own = {"k": k} if preset == "topk" else {}
+        self.sae = make_sae({"name": preset, "n_latents": n_latents, **own}, {HOOK: space})
         self.optim = Optimizer(self.sae, OptimSettings(lr=lr), n_latents)
         self.window, self.done = Window(), 0
 
@@ -110,6 +122,14 @@ class Ours:
         self.sae.note_firing(losses.codes)
         self.window.add(step_numbers(losses, total, norm))
         self.done += 1
+
+    @torch.no_grad()
+    def set_thresholds(self, x: torch.Tensor) -> None:
+        """Make a JumpReLU fire k times a token, on average over x."""
+        assert isinstance(self.sae, Autoencoder)
+        assert isinstance(self.sae.activation, JumpReLU)
+        h = self.sae.pre_activations(self.sae.inputs({HOOK: x}), self.sae.weights())
+        self.sae.activation.threshold.fill_(h.flatten().topk(self.k * len(x))[0][-1])
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.sae.to_inference()(x)["sae_out"]
@@ -132,9 +152,18 @@ class Side:
     """What a worker does."""
 
     def make(
-        self, kind: str, rows: str, threads: int, batch: int, d: int, **more: Any
+        self,
+        kind: str,
+        rows: str,
+        threads: int,
+        batch: int,
+        d: int,
+        dense: bool = False,
+        **more: Any,
     ) -> dict[str, Any]:
         torch.set_num_threads(threads)
+        if dense:  # the twin of the sparse step
+            above.DENSE = -1.0
         x = torch.from_numpy(np.load(rows))
         if kind == "ours":  # what a store would know of its rows
             more["space"] = HookSpace(
@@ -145,6 +174,8 @@ class Side:
                 variance=float((x - x.mean(0)).square().sum(1).mean()),
             )
             self.tool: Ours | Floor = Ours(**more)
+            if more.get("preset") == "jumprelu":
+                self.tool.set_thresholds(x[:512])
         else:
             self.tool = Floor(d=d, **more)
         self.batches, self.done = torch.split(x, batch), 0
@@ -196,36 +227,44 @@ class Bench:
         shape = {"d": d, "n_latents": d * factor, "k": self.scale.k, "batch": self.scale.batch}
         return {"do": "make", "rows": rows, "threads": self.scale.threads, **shape, **more}
 
-    def compare(self, name: str, a: tuple[Any, ...], b: tuple[Any, ...]) -> dict[str, Any]:
-        """Turns of one step of two sides, each given as (command, setup)."""
+    def compare(self, name: str, **sides: tuple[Any, ...]) -> dict[str, Any]:
+        """Turns of one step of each side, given as (command, setup)."""
         self.say(name)
-        with Worker(*a[0]) as first, Worker(*b[0]) as second:
-            first.ask(**a[1])
-            second.ask(**b[1])
-            step = {"do": "train", "steps": 1}
-            sides = {"first": (first, step), "second": (second, step)}
-            return turns(sides, self.scale.turns, self.say)
+        step = {"do": "train", "steps": 1}
+        with ExitStack() as stack:
+            workers = {side: stack.enter_context(Worker(*how)) for side, (how, _) in sides.items()}
+            for side, (_, setup) in sides.items():
+                workers[side].ask(**setup)
+            return turns({s: (w, step) for s, w in workers.items()}, self.scale.turns, self.say)
 
     def own(self, size: tuple[int, int], **more: Any) -> tuple[Any, ...]:
         rows = self.rows(size[0], 8 * self.scale.batch)
         return OWN, self.setup(size, rows, **more)
 
-    def ours(self, size: tuple[int, int], bf16: bool = False) -> tuple[Any, ...]:
-        return self.own(size, kind="ours", lr=None, bf16=bf16)
+    def ours(self, size: tuple[int, int], **more: Any) -> tuple[Any, ...]:
+        return self.own(size, kind="ours", **more)
 
-    def floors(self, size: tuple[int, int]) -> list[Measure]:
-        found = []
-        for label, best in (("floor_fp32", False), ("best_floor_fp32", True)):
-            name = f"vs_{label}_d{size[0]}_x{size[1]}"
-            answers = self.compare(name, self.ours(size), self.own(size, kind="floor", best=best))
-            times = tuple(1 / r for r in ratios(answers, rate))
-            found.append(Measure(name=name, goal=1.3, better="lower", unit="x time", ratios=times))
-        return found
-
-    def bf16(self, size: tuple[int, int]) -> Measure:
-        name = f"bf16_speedup_d{size[0]}_x{size[1]}"
-        found = ratios(self.compare(name, self.ours(size, True), self.ours(size)), rate)
-        return Measure(name=name, goal=2.0, better="higher", unit="x tokens/s", ratios=found)
+    def one_size(self, size: tuple[int, int], bf16: bool) -> list[Measure]:
+        """Ours against both floors, and in bf16 if asked, all by turns."""
+        at = f"d{size[0]}_x{size[1]}"
+        sides = {
+            "ours": self.ours(size),
+            "floor": self.own(size, kind="floor", best=False),
+            "best_floor": self.own(size, kind="floor", best=True),
+        }
+        if bf16:
+            sides["bf16"] = self.ours(size, bf16=True)
+        found = self.compare(at, **sides)
+        less: dict[str, Any] = {"goal": 1.3, "better": "lower", "unit": "x time"}
+        measures = [
+            Measure(name=f"vs_{floor}_fp32_{at}", ratios=_rates(found, floor, "ours"), **less)
+            for floor in ("floor", "best_floor")
+        ]
+        if bf16:
+            more: dict[str, Any] = {"goal": 2.0, "better": "higher", "unit": "x tokens/s"}
+            speed = _rates(found, "bf16", "ours")
+            measures.append(Measure(name=f"bf16_speedup_{at}", ratios=speed, **more))
+        return measures
 
     def peer(self, peer: str, size: tuple[int, int]) -> Measure:
         package, goal = PEERS[peer]
@@ -235,8 +274,17 @@ class Bench:
             return Measure(name=name, **row, skipped=absent)
         rows = self.rows(size[0], 8 * self.scale.batch)
         theirs = THEIRS, self.setup(size, rows, peer=peer)
-        found = ratios(self.compare(name, self.ours(size), theirs), rate)
-        return Measure(name=name, **row, ratios=found)
+        found = self.compare(name, ours=self.ours(size), theirs=theirs)
+        return Measure(name=name, **row, ratios=_rates(found, "ours", "theirs"))
+
+    def jumprelu(self, size: tuple[int, int]) -> Measure:
+        name = f"jumprelu_sparse_vs_dense_d{size[0]}_x{size[1]}"
+        sides = {
+            form: self.ours(size, preset="jumprelu", dense=form == "dense")
+            for form in ("sparse", "dense")
+        }
+        found = _rates(self.compare(name, **sides), "sparse", "dense")
+        return Measure(name=name, goal=2.0, better="higher", unit="x tokens/s", ratios=found)
 
     # -- quality ---------------------------------------------------------------------------------
 
@@ -277,6 +325,11 @@ class Bench:
         return Measure(name=name, goal=goal, better="higher", unit="x FVE", **row)
 
 
+def _rates(found: Mapping[str, Any], first: str, second: str) -> tuple[float, ...]:
+    """Tokens a second of one side over another's, turn by turn."""
+    return ratios({side: found[side] for side in (first, second)}, rate)
+
+
 OWN = (sys.executable, "-m", "pipelines.bench_step", "side")
 THEIRS = (peer_python(), ROOT / "pipelines" / "peer_step.py")
 
@@ -287,11 +340,10 @@ def measure(quick: bool, say: Say) -> list[Measure]:
         scale = QUICK if quick else Scale()
         say(json.dumps(asdict(scale)))
         bench = Bench(Path(scratch), scale, say)
-        found = [m for size in scale.sizes for m in bench.floors(size)]
-        found += [bench.peer(peer, size) for size in scale.peer_sizes for peer in PEERS]
-        found += [
-            bench.bf16(size) for size in (scale.sizes[0], scale.sizes[-1])[: len(scale.sizes)]
-        ]
+        ends = (scale.sizes[0], scale.sizes[-1])
+        found = [m for size in scale.sizes for m in bench.one_size(size, bf16=size in ends)]
+        for size in scale.peer_sizes:
+            found += [bench.peer(peer, size) for peer in PEERS] + [bench.jumprelu(size)]
         return found + bench.quality()
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from pipelines.bench_step import QUICK, Bench, Floor, Ours, Side
+from pipelines.bench_step import HOOK, QUICK, Bench, Floor, Ours, Side
+from saetrain.codes import SparseCodes, l0
+from saetrain.kernels import above
+from saetrain.progress import Progress
 
 
 @pytest.fixture
@@ -37,6 +41,21 @@ def test_the_floors_work_on_the_same_shapes(bench: Bench) -> None:
         assert isinstance(side.tool, Floor)
         assert side.tool.W_DF.shape == (32, 512)
         assert side.train(2)["tokens"] == 2 * QUICK.batch
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_jumprelu_side_fires_k_times_in_the_form_it_was_asked_for(
+    dense: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(above, "DENSE", 1.0)  # at these sizes all would be dense
+    side = Side()
+    setup = bench.ours((32, 16), preset="jumprelu", dense=dense)[1]
+    side.make(**{k: v for k, v in setup.items() if k != "do"})
+    assert isinstance(side.tool, Ours)
+    losses = side.tool.sae.losses({HOOK: side.batches[0]}, Progress(step=0, n_steps=1, tokens=0))
+    assert isinstance(losses.codes, Tensor if dense else SparseCodes)
+    assert l0(losses.codes).float().mean() == pytest.approx(QUICK.k, rel=0.2)
+    assert side.train(2)["tokens"] == 2 * QUICK.batch
 
 
 def test_rows_are_planted_once_and_differ_by_seed(bench: Bench) -> None:
