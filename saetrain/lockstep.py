@@ -8,7 +8,11 @@ slowest one is, and the others join when it reaches them. A job that fails is dr
 in run.json; the others go on. Evaluation comes after all training: held-out batches are kept in
 memory if they are few, and the PCA beside the SAEs is fitted once.
 
-Cost: weights and moments of all jobs in memory, gradients and activations of one.
+On a CPU several jobs take their step of a batch at once (`fused.workers`, `saetrain.workers`);
+those that draw random numbers (`SAE.draws_random`) or are compiled go one after the other, with all
+threads. Logs, wandb and failures are this thread's business.
+
+Cost: weights and moments of all jobs in memory, gradients and activations of one a worker.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,7 +32,7 @@ from tqdm import tqdm
 from actcache.store.errors import ActcacheError
 from saetrain import checkpoint as ckpt
 from saetrain import runs
-from saetrain.errors import SaetrainError
+from saetrain.errors import SaetrainError, TrainingError
 from saetrain.hopeless import HopelessRun
 from saetrain.interrupt import Interrupted, stop_flag
 from saetrain.kept import Kept
@@ -38,9 +43,15 @@ from saetrain.stack import Stack
 from saetrain.stream import Batch
 from saetrain.stream.told import Told
 from saetrain.trainer import Trainer, TrainResult, complete, running
+from saetrain.workers import Workers, how_many
+
+_DRAWN = (
+    "its step went beside others, and one of them drew random numbers, although draws_random of "
+    "its class is False. Correct that, or set fused.workers=1"
+)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Job:
     """One SAE of a group, and what became of it."""
 
@@ -56,6 +67,7 @@ class Job:
         self.logger: Logger | None = None
         self.place: dict[str, Any] = self.source.start  # of the stream, at the job's step
         self.first = 0  # steps done before this call
+        self.took = 0.0  # seconds of the last step
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -102,6 +114,26 @@ class Job:
         assert self.logger is not None
         return self.trainer, self.logger
 
+    @property
+    def beside(self) -> bool:
+        """Whether others may take a step meanwhile."""
+        return not (self.settings.compile or self.alive()[0].sae.draws_random)
+
+    def learn(self, batch: Batch) -> None:
+        """One step; in any thread."""
+        begun = time.perf_counter()
+        self.alive()[0].learn(_of_hooks(batch, self.hooks))
+        self.took = time.perf_counter() - begun
+
+    def tell(self) -> None:
+        """What the step came to."""
+        trainer, logger = self.alive()
+        trainer.tell(logger)
+
+    def save(self) -> None:
+        """A checkpoint, with the job's own generators; in any thread, outside of its turn."""
+        self.alive()[0].save(self._generators)
+
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
         """The job's own random generators, for the time of its turn."""
@@ -117,6 +149,7 @@ class Lockstep:
     def __init__(self, jobs: Sequence[Job], stream: BatchStream, device: torch.device) -> None:
         """`stream` has the hooks of all jobs; it may be the `source.train` of some."""
         self.jobs, self.stream, self.device = list(jobs), stream, device
+        self.workers = Workers(1)
 
     def run(self) -> None:
         """Train, then evaluate. Each job ends with a result or a reason; Interrupted on Ctrl-C."""
@@ -124,15 +157,30 @@ class Lockstep:
             for job in self.jobs:
                 self._attempt(job, lambda j=job: j.start(self.device))  # type: ignore[misc]
             self._begin()
-            try:
-                self._train()
-            except (SaetrainError, ActcacheError) as e:  # of the stream: no job can go on
-                for job in self.living():
-                    job.drop(str(e))
+            with self._many() as self.workers:
+                try:
+                    self._train()
+                except (SaetrainError, ActcacheError) as e:  # of the stream: no job can go on
+                    for job in self.living():
+                        job.drop(str(e))
             self._finish()
         finally:
             for job in self.jobs:
                 job.close()
+
+    def _many(self) -> Workers:
+        """As many as there are jobs for, or as asked for; says so."""
+        living = self.living()
+        asked = living[0].settings.fused.workers if living else None
+        n_beside = sum(job.beside for job in living)
+        if asked is not None and asked > 1 and (self.device.type != "cpu" or n_beside < 2):
+            why = "no two runs can" if self.device.type == "cpu" else "steps of a GPU do not"
+            say(f"fused.workers={asked} has no effect: {why} go side by side")
+        workers = Workers(how_many(asked, n_beside, self.device))
+        if workers.n > 1:
+            inside = f"{workers.threads} thread{'s' * (workers.threads > 1)} in each"
+            say(f"{workers.n} of {len(living)} runs step at once, {inside}")
+        return workers
 
     def _finish(self) -> None:
         """Evaluate job after job, those with the same held-out rows one after the other."""
@@ -212,10 +260,30 @@ class Lockstep:
         if stack is not None:
             stack.encode([j.alive()[0].sae for j in now], batch)
         for job in now:
-            trainer, logger = job.alive()
-            trainer.waited(waited)
-            own = _of_hooks(batch, job.hooks)
-            self._attempt(job, lambda t=trainer, o=own, g=logger: t.take(o, g))  # type: ignore[misc]
+            job.alive()[0].waited(waited)
+        beside = [j for j in now if self.workers.n > 1 and j.beside]
+        self._at_once(beside, lambda j: j.learn(batch))
+        for job in now:
+            if job not in beside:
+                self._attempt(job, lambda j=job: j.learn(batch))  # type: ignore[misc]
+        for job in now:
+            if job.trainer is not None:
+                self._attempt(job, job.tell)
+        self._at_once([j for j in now if j.trainer and j.trainer.save_due], Job.save)
+
+    def _at_once(self, jobs: Sequence[Job], do: Callable[[Job], None]) -> None:
+        """Let the workers do it for all jobs, the slowest one first; none may draw numbers."""
+        if not jobs:
+            return
+        first = sorted(jobs, key=lambda j: -j.took)
+        before = ckpt.rng_tensors(self.device)
+        found = self.workers.each([partial(do, job) for job in first])
+        drawn = not all(map(torch.equal, before.values(), ckpt.rng_tensors(self.device).values()))
+        for job, error in zip(first, found, strict=True):
+            if error is None and drawn:
+                error = TrainingError(_DRAWN)
+            if error is not None:
+                self._attempt(job, partial(_raise, error))
 
     def _stack(self, jobs: Sequence[Job]) -> Stack:
         wanted = [j for j in jobs if j.settings.fused.stack]
@@ -229,8 +297,7 @@ class Lockstep:
     def _interrupt(self, position: int) -> Interrupted:
         """Save every job that stands here; those ahead were saved where they are."""
         saved = [j for j in self.living() if j.alive()[0].step == position]
-        for job in saved:
-            self._attempt(job, lambda j=job: _save(j))  # type: ignore[misc]
+        self._at_once(saved, Job.save)
         return Interrupted(
             f"stopped at step {position:,}, saved {len(saved)} runs. "
             "Run the same command again to continue"
@@ -260,8 +327,8 @@ def _whole(settings: TrainSettings) -> bool:
     return settings.precision == "fp32" and settings.pieces == 1 and not settings.compile
 
 
-def _save(job: Job) -> None:
-    job.alive()[0].save()
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _nothing(message: str) -> None:

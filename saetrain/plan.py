@@ -3,8 +3,8 @@
 Memory of an SAE with P parameters and N buffer bytes, in fp32, B tokens a batch, F latents:
   weights       4 P + N
   optimizer     the moments that it keeps, 8 P for Adam
-  gradients     8 P: the gradient, and a second one while terms are summed; of one SAE at a time
-  activations   4 B F x 2 where codes are sparse, x 8 where they are dense; also of one at a time
+  gradients     8 P: the gradient, and a second one while terms are summed; of one SAE a worker
+  activations   4 B F x 2 where codes are sparse, x 8 where they are dense; likewise
   stream        two windows of rows as stored, and a batch in fp32
   held out      rows kept between evaluations, of a group only
 P comes from the architecture itself, built without memory (torch's meta device). What Python and
@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,21 @@ def memory(settings: TrainSettings, source: Source) -> Memory:
 
 
 def together(
-    many: Sequence[tuple[TrainSettings, Source]], each: Sequence[Memory], *, stack: bool = False
+    many: Sequence[tuple[TrainSettings, Source]],
+    each: Sequence[Memory],
+    *,
+    stack: bool = False,
+    workers: int = 1,
 ) -> Memory:
-    """Of jobs that train in lockstep: all weights and moments, the rest of one at a time."""
+    """Of jobs in lockstep: all weights and moments, the rest of `workers` jobs at a time."""
     settings, source = many[0]
     hooks = tuple(dict.fromkeys(h for _, s in many for h in s.spaces()))
-    several = sum(m.activations for m in each) if stack else max(m.activations for m in each)
+    at_once = nlargest(len(each) if stack else workers, (m.activations for m in each))
     return Memory(
         weights=sum(m.weights for m in each),
         optimizer=sum(m.optimizer for m in each),
-        gradients=max(m.gradients for m in each),
-        activations=several,
+        gradients=sum(nlargest(workers, (m.gradients for m in each))),
+        activations=sum(at_once),
         stream=stream_bytes(settings, source, hooks),
         held_out=held_out_bytes(many),
     )
@@ -98,6 +103,7 @@ def split(
     limit: int,
     *,
     stack: bool = False,
+    workers: int = 1,
 ) -> list[list[int]]:
     """Numbers of jobs, in groups whose `together` stays below `limit` bytes; in order, first fit.
 
@@ -107,7 +113,8 @@ def split(
     for i in range(len(many)):
         for group in groups:
             trial = [*group, i]
-            needed = together([many[j] for j in trial], [each[j] for j in trial], stack=stack)
+            them = [many[j] for j in trial], [each[j] for j in trial]
+            needed = together(*them, stack=stack, workers=workers)
             if needed.total <= limit:
                 group.append(i)
                 break

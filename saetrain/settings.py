@@ -145,10 +145,12 @@ class FusedSettings:
     """For several SAEs trained together: a fused sweep, or one SAE per hook."""
 
     stack: bool = False  # encoders of equal shape and input in one product; equal up to rounding
+    workers: int | None = None  # that step at once on a CPU; None: one a thread, at most 8
     memory_gb: float | None = None  # 1e9 bytes for all of it; None: 80 % of what is free
 
     def __post_init__(self) -> None:
         _positive("fused.memory_gb", self.memory_gb)
+        _positive("fused.workers", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)

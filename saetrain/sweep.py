@@ -31,6 +31,7 @@ from saetrain.runs import BatchStream, Source
 from saetrain.saes import make_config, sae_class
 from saetrain.settings import TrainSettings
 from saetrain.trainer import TrainResult, finished, own_generator
+from saetrain.workers import how_many
 
 # Settings that say which batches there are, and on what device.
 _STREAM = ("source", "live", "batch_tokens", "seed", "held_out_fraction", "stream", "device")
@@ -166,13 +167,15 @@ def _fitting(jobs: Sequence[Opened]) -> list[list[int]]:
     each = [_memory_of(j) for j in jobs]
     stack = first.settings.fused.stack
     limit = plan.limit_bytes(first.settings, first.device)
-    groups = plan.split(many, each, limit, stack=stack)
+    workers = how_many(first.settings.fused.workers, len(jobs), first.device)
+    groups = plan.split(many, each, limit, stack=stack, workers=workers)
     if len(jobs) == 1:
         return groups
     say(f"{len(jobs)} runs share a stream; {plan.gb(limit)} for them, groups: {len(groups)}")
     rows = []
     for group in groups:
-        memory = plan.together([many[i] for i in group], [each[i] for i in group], stack=stack)
+        them = [many[i] for i in group], [each[i] for i in group]
+        memory = plan.together(*them, stack=stack, workers=workers)
         parts = {k: plan.gb(v) for k, v in asdict(memory).items()}
         rows.append({"runs": len(group), "memory": plan.gb(memory.total), **parts})
         if memory.total > limit:

@@ -139,8 +139,7 @@ class Trainer:
         self.step = 0  # steps done
         self.seconds = 0.0  # of training, over all starts
         self.window = Window()
-        self._waited, self._row_time = 0.0, 0.0  # since the last row
-        self._began = 0.0  # when training began, had it never stopped
+        self._waited = self._row_time = self._began = 0.0  # see `begin`
         self.told = Told(source.train, say)
         self.facts = {
             "n_steps": self.n_steps,
@@ -171,14 +170,19 @@ class Trainer:
         elif self.step < self.n_steps:
             self.told.begin()
         self._waited, self._row_time = 0.0, time.perf_counter()
-        self._began = self._row_time - self.seconds
+        self._began = self._row_time - self.seconds  # had it never stopped
 
     def take(self, batch: Batch, logger: Logger) -> None:
         """One step on `batch`, and whatever is due after it. TrainingError if it diverged."""
+        self.learn(batch)
+        self.tell(logger)
+        if self.save_due:
+            self.save()
+
+    def learn(self, batch: Batch) -> None:
+        """One step on `batch`. Nothing but this SAE is touched, so another may learn meanwhile."""
         self._train_step(batch)
         self.seconds = time.perf_counter() - self._began
-        logger.advance()
-        self._after_step(logger)
 
     def waited(self, seconds: float) -> None:
         """Count `seconds` as waiting for data, in the next row of metrics."""
@@ -230,12 +234,12 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             return self._compute(acts, progress)
 
-    def _after_step(self, logger: Logger) -> None:
-        """Whatever is due now that `self.step` steps are done."""
+    def tell(self, logger: Logger) -> None:
+        """Rows of metrics that are due now that `self.step` steps are done, after `learn`."""
         cfg, last = self.settings, self.step == self.n_steps
+        logger.advance()
         if self.step % cfg.log_every == 0 or last:
-            row = self._row()
-            logger.row(row)
+            logger.row(row := self._row())
             self._stop_if_hopeless(row)
         if cfg.eval.every_steps and self.step % cfg.eval.every_steps == 0 and not last:
             self._check_finite()
@@ -243,8 +247,12 @@ class Trainer:
                 sae = self.sae.to_inference()
                 result = evals.evaluate_sae(sae, self.source, cfg.eval, progress=cfg.progress)
             logger.row({"step": self.step, **evals.scalars(result)})
-        if last or (cfg.checkpoint.every_steps and self.step % cfg.checkpoint.every_steps == 0):
-            self.save()
+
+    @property
+    def save_due(self) -> bool:
+        """Whether a checkpoint is due, after `tell`."""
+        every = self.settings.checkpoint.every_steps or self.n_steps
+        return self.step == self.n_steps or self.step % every == 0
 
     def _stop_if_hopeless(self, row: Mapping[str, Any]) -> None:
         """Save and raise HopelessRun if `early_stop` says so; not after the last step."""
@@ -293,14 +301,15 @@ class Trainer:
                 f"saved in {self.settings.run_dir} is from before"
             ) from None
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step."""
+    def save(self, generators: Mapping[str, Tensor] | None = None) -> Path:
+        """Write a checkpoint of this step, with torch's generators as they are, or as given."""
         self._check_finite()
+        generators = generators or ckpt.rng_tensors(self.device)
         state = ckpt.Checkpoint(
             step=self.step,
             sae=self.sae.state_dict(),
             optim=self.optim.tensors(),
-            trainer=ckpt.rng_tensors(self.device) | self.window.tensors(),
+            trainer={**generators, **self.window.tensors()},
             stream=self.source.train.state_dict(),
             facts={"names": self.window.names, "seconds": self.seconds},
         )

@@ -29,7 +29,10 @@ KINDS = {
     "wide": {"sae": SAE | {"n_latents": 96, "k": 6}, "optim": {"lr": 1e-3}},
     "long": {"sae": SAE | {"k": 2}, "tokens": 64 * 41, "log_every": 5},
     # Draws random prefixes at every step: its generator must be its own.
-    "matryoshka": {"sae": SAE | {"name": "matryoshka"}, "checkpoint": {"every_steps": 4}},
+    "matryoshka": {
+        "sae": SAE | {"name": "matryoshka", "random_prefixes": 3},
+        "checkpoint": {"every_steps": 4},
+    },
     "relu": {
         "sae": {"name": "relu", "n_latents": 32, "resample_every": 9},
         "eval": {"every_steps": 9},

@@ -207,6 +207,17 @@ class SAE(nn.Module, ABC):
         """(F,) bool: silent for more than `dead_after_tokens` training tokens."""
         return self.tokens_since_fired > self.cfg.dead_after_tokens
 
+    @property
+    def draws_random(self) -> bool:
+        """Whether a training step may use torch's random generator.
+
+        If so, a fused sweep does not give it steps beside others, since all would draw from one
+        generator. Known of what is built in; a class from elsewhere is taken to draw unless it
+        overrides this.
+        """
+        drawn = [getattr(self.cfg, name, None) for name in ("resample_every", "random_prefixes")]
+        return drawn.count(None) < len(drawn) or not type(self).__module__.startswith("saetrain.")
+
     @abstractmethod
     def to_inference(self) -> Inference:
         """Folded weights in raw units; encode and decode agree with this module's."""
