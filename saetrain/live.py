@@ -108,6 +108,7 @@ def _say_needless(settings: TrainSettings) -> None:
     given = {
         "snapshot": settings.snapshot,
         "stream.threads": chosen.threads,
+        "stream.direct": chosen.direct,
         "stream.cache_dir": chosen.cache_dir,
     }
     for name in (n for n, value in given.items() if value is not None):

@@ -46,7 +46,8 @@ NOT_RESULT = (
     "layer_stride",
     "fused",
 )
-NOT_RESULT_STREAM = ("threads", "cache_dir", "cache_gb")  # of `stream`: how fast, not which rows
+# Of `stream`: how fast, not which rows.
+NOT_RESULT_STREAM = ("threads", "direct", "cache_dir", "cache_gb")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
 
@@ -81,6 +82,7 @@ class StreamSettings:
     roles: tuple[str, ...] | None = None  # of chats: user, assistant, …; None: all
     max_norm: float | None = None  # leave out rows longer than so many mean lengths; None: none
     threads: int | None = None  # that read; None: 4 at most, 16 for a store at a server
+    direct: bool | None = None  # read past the page cache; None: if the memory cannot hold the rows
     cache_dir: str | None = None  # folder for copies of a store at a server; None: no copies
     cache_gb: float = 50.0  # 1e9 bytes that these copies may take
 

@@ -1,5 +1,7 @@
 """The hot path against zarr-python, memory that is used again, filters, int8, ranges of types."""
 
+import errno
+import fcntl
 import os
 from contextlib import suppress
 from itertools import islice
@@ -12,9 +14,12 @@ import zarr
 from stores import make_store
 
 from actcache.store import DamagedError, StoreError
+from actcache.store.shard import scratch
 from saetrain.errors import ConfigError
 from saetrain.stream import Stream
 from saetrain.stream import loader as loading
+from saetrain.stream import scatter as scattering
+from saetrain.stream import stream as streams
 
 EVERYTHING = {"split": "all", "skip_special": False}
 
@@ -176,3 +181,63 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_named(tmp_path, how):
             f.write(data)
     with pytest.raises(DamagedError, match=rf"{segment.id}.*resid\.2, chunk \d+: "):
         list(islice(batches, 20))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("compile_", ["0", "1"])
+def test_direct_reading_gives_the_same_batches(tmp_path, monkeypatch, dtype, compile_):
+    monkeypatch.setenv(scattering.SWITCH, compile_)
+    scattering.compiled.cache_clear()
+    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, dtype=dtype).snapshot()
+
+    def some(direct):
+        stream = Stream(snapshot, ["resid.2"], batch_tokens=64, window_rows=128, direct=direct)
+        return [b.acts["resid.2"].clone() for b in islice(stream, 30)]
+
+    assert all(torch.equal(a, b) for a, b in zip(some(True), some(False), strict=True))
+    scattering.compiled.cache_clear()
+
+
+def test_direct_reading_is_of_whole_pages_where_it_can_be(tmp_path, monkeypatch):
+    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, segments=(320,)).snapshot()
+    reader = snapshot.segments[0].acts("resid.2")
+    plain = [reader.read_chunk(i) for i in range(reader.n_chunks)]
+    asked = []
+    preadv = os.preadv
+
+    def noted(fd, buffers, offset):
+        asked.append((offset, len(buffers[0]), buffers[0]))
+        return preadv(fd, buffers, offset)
+
+    def refused(fd, buffers, offset):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "larger pages")
+        return preadv(fd, buffers, offset)
+
+    def read(file):
+        buffer = scratch(reader.chunk_bytes)
+        return [reader.read_into(i, buffer, file).copy() for i in range(reader.n_chunks)]
+
+    file = reader.open(direct=True)
+    monkeypatch.setattr(os, "preadv", noted)
+    assert all(np.array_equal(a, b) for a, b in zip(read(file), plain, strict=True))
+    if file.direct:  # not every file system can
+        addresses = [np.frombuffer(b, dtype=np.uint8).ctypes.data for _, _, b in asked]
+        assert all(n % 4096 == 0 for o, size, _ in asked for n in (o, size))
+        assert all(a % 4096 == 0 for a in addresses)
+        monkeypatch.setattr(os, "preadv", refused)
+        assert all(np.array_equal(a, b) for a, b in zip(read(file), plain, strict=True))
+        assert not file.direct
+
+
+def test_rows_that_memory_cannot_hold_are_read_directly(tmp_path, monkeypatch):
+    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 16}, dtype="float32").snapshot()
+
+    def chosen(**options):
+        return Stream(snapshot, ["resid.2"], batch_tokens=64, window_rows=128, **options).direct
+
+    size = snapshot.n_rows * 16 * 4
+    monkeypatch.setattr(streams, "memory_bytes", lambda: 2 * size)
+    assert (chosen(), chosen(direct=True)) == (False, True)
+    monkeypatch.setattr(streams, "memory_bytes", lambda: 2 * size - 2)
+    assert (chosen(), chosen(direct=False)) == (True, False)

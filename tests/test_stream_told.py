@@ -92,7 +92,7 @@ def test_each_filter_changes_the_rows(tmp_path):
 def test_threads_are_those_asked_for_and_no_part_of_the_result(store, tmp_path):
     assert stream_of(store, threads=3).threads == 3
     base = settings(store, tmp_path)
-    for change in ({"threads": 3}, {"cache_dir": "x"}, {"cache_gb": 1}):
+    for change in ({"threads": 3}, {"direct": True}, {"cache_dir": "x"}, {"cache_gb": 1}):
         assert settings(store, tmp_path, stream=change).result_key() == base.result_key()
     for change in ({"window_rows": 9}, {"shuffle": False}, {"roles": ["user"]}):
         assert settings(store, tmp_path, stream=change).result_key() != base.result_key()

@@ -108,24 +108,32 @@ class CachedShard(ShardReader):
         super().__init__(plain.root, plain.path, plain.info, plain.n_rows, plain.what)
         self._plain, self._cache, self._digest = plain, cache, digest
 
-    def _fill(self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None) -> None:
+    def _fill(
+        self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None
+    ) -> NDArray[np.uint8]:
         offset, size = self.place(chunk)
         if not self._cache.read(self._digest, offset, buffer[:size]):
             super()._fill(chunk, buffer, file)
             self._cache.write(self._digest, offset, buffer[:size])
+        return buffer[:size]
 
     def _pread(self, offset: int, size: int, what: str) -> bytes:
         block = np.empty(size, dtype=np.uint8)
         if not self._cache.read(self._digest, offset, block):
-            self._pread_into(offset, block, what)
+            self._pread_into(offset, size, block, what)
             if sound(block):  # if not, the caller says so and asks again
                 self._cache.write(self._digest, offset, block)
         return block.tobytes()
 
     def _pread_into(
-        self, offset: int, buffer: NDArray[np.uint8], what: str, file: OpenShard | None = None
-    ) -> None:
-        self._plain._pread_into(offset, buffer, what, file)
+        self,
+        offset: int,
+        size: int,
+        buffer: NDArray[np.uint8],
+        what: str,
+        file: OpenShard | None = None,
+    ) -> NDArray[np.uint8]:
+        return self._plain._pread_into(offset, size, buffer, what, file)
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         return [self._pread(offset, size, self.what) for offset, size in ranges]

@@ -7,6 +7,8 @@ range of an object at a server; there many are asked for at once with `read_chun
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +25,7 @@ from actcache.store.schema import HookInfo
 from actcache.store.untrusted import open_regular
 
 _CRC = 4
+_PAGE = 4096  # of direct reads: offsets, sizes and memory are multiples
 _ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -45,11 +48,49 @@ def _compare(found: int, stored: int, what: str) -> None:
 class OpenShard:
     """A shard's file, open as long as anybody refers to it; threads may share it."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, direct: bool = False) -> None:
+        """Owns `fd`. `direct`: read past the page cache, where the file system can."""
+        self.fd, self.direct = fd, direct and _set_direct(fd, True)
 
     def __del__(self) -> None:
         os.close(self.fd)
+
+    def read(self, offset: int, size: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`size` bytes from `offset` on, somewhere in `buffer`; fewer at the end. OSError."""
+        if self.direct:
+            try:
+                return self._read_pages(offset, size, buffer)
+            except OSError as e:
+                if e.errno != errno.EINVAL or not _set_direct(self.fd, False):
+                    raise
+                self.direct = False  # it wants larger pages than ours
+        return buffer[: os.preadv(self.fd, [buffer[:size].data], offset)]
+
+    def _read_pages(self, offset: int, size: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        skip = offset % _PAGE
+        span = -(-(skip + size) // _PAGE) * _PAGE
+        found = os.preadv(self.fd, [buffer[:span].data], offset - skip)
+        return buffer[skip : min(found, skip + size)]
+
+
+def scratch(size: int) -> NDArray[np.uint8]:
+    """Memory for `ShardReader.read_into` of chunks of `size` bytes."""
+    memory = np.empty(size + 4 * _PAGE, dtype=np.uint8)
+    first = -memory.ctypes.data % _PAGE
+    return memory[first : first + size + 3 * _PAGE]
+
+
+def _set_direct(fd: int, on: bool) -> bool:
+    """Whether the file is read directly, or not, from now on as wanted."""
+    flag: int = getattr(os, "O_DIRECT", 0)
+    if not flag:
+        return not on
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag if on else flags & ~flag)
+    except OSError:
+        return False
+    return True
 
 
 class ShardReader:
@@ -125,31 +166,37 @@ class ShardReader:
                 return self.read_chunk(chunk)
             raise
 
-    def open(self) -> OpenShard | None:
+    def open(self, direct: bool = False) -> OpenShard | None:
         """The file, for many calls of `read_into`; None if the shard is no file.
 
-        Raises DamagedError if it is missing or has another size than the store says.
+        `direct` reads past the page cache where the file system can: faster for a store that the
+        memory cannot hold, slower for one that it can. Raises DamagedError if the file is missing
+        or has another size than the store says.
         """
-        return None if isinstance(self.path, Remote) else self._open(self.what)
+        return None if isinstance(self.path, Remote) else self._open(self.what, direct)
 
     def read_into(
         self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None = None
     ) -> NDArray[Any]:
         """Like `read_chunk`, without allocating: the rows are a view of `buffer`.
 
-        `buffer` has at least `chunk_bytes + 4` bytes, which are overwritten. Threads may call this
+        `buffer` comes from `scratch(chunk_bytes)` and is overwritten. Threads may call this
         at the same time with buffers of their own. `file` saves opening it.
         """
-        insist(self.path, lambda: self._fill(chunk, buffer, file))
-        rows = buffer[: self.chunk_bytes].view(self.dtype).reshape(self.chunk_rows, self.d)
+        block = insist(self.path, lambda: self._fill(chunk, buffer, file))
+        rows = block[: self.chunk_bytes].view(self.dtype).reshape(self.chunk_rows, self.d)
         return rows[: self.rows_in(chunk)]
 
-    def _fill(self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None) -> None:
+    def _fill(
+        self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None
+    ) -> NDArray[np.uint8]:
+        """The part of `buffer` that has the bytes and checksum of a chunk now."""
         what = f"{self.what}, chunk {chunk}"
         offset, size = self.place(chunk)
-        self._pread_into(offset, buffer[:size], what, file)
-        stored = int.from_bytes(buffer[self.chunk_bytes : size].tobytes(), "little")
-        _compare(google_crc32c.value(buffer[: self.chunk_bytes]), stored, what)
+        block = self._pread_into(offset, size, buffer, what, file)
+        stored = int.from_bytes(block[self.chunk_bytes :].tobytes(), "little")
+        _compare(google_crc32c.value(block[: self.chunk_bytes]), stored, what)
+        return block
 
     def read(self) -> NDArray[Any]:
         """All rows (n_rows, d)."""
@@ -177,28 +224,33 @@ class ShardReader:
 
     def _pread(self, offset: int, size: int, what: str) -> bytes:
         buffer = np.empty(size, dtype=np.uint8)
-        self._pread_into(offset, buffer, what)
-        return buffer.tobytes()
+        return self._pread_into(offset, size, buffer, what).tobytes()
 
     def _pread_into(
-        self, offset: int, buffer: NDArray[np.uint8], what: str, file: OpenShard | None = None
-    ) -> None:
+        self,
+        offset: int,
+        size: int,
+        buffer: NDArray[np.uint8],
+        what: str,
+        file: OpenShard | None = None,
+    ) -> NDArray[np.uint8]:
+        """The bytes, in `buffer`. DamagedError if there are fewer."""
         if isinstance(self.path, Remote):
-            (data,) = self.read_ranges([(offset, len(buffer))])
-            buffer[:] = np.frombuffer(data, dtype=np.uint8)
-            return
-        file = file or self._open(what)
+            (data,) = self.read_ranges([(offset, size)])
+            buffer[:size] = np.frombuffer(data, dtype=np.uint8)
+            return buffer[:size]
         try:
-            size = os.preadv(file.fd, [buffer.data], offset)
+            found = (file or self._open(what)).read(offset, size, buffer)
         except OSError as e:
             raise DamagedError(f"{what}: {self.path} cannot be read: {e.strerror}") from e
-        if size != len(buffer):
+        if len(found) != size:
             raise DamagedError(f"{what}: short read of {self.path} at {offset}")
+        return found
 
-    def _open(self, what: str) -> OpenShard:
+    def _open(self, what: str, direct: bool = False) -> OpenShard:
         assert not isinstance(self.path, Remote)
         try:
-            file = OpenShard(open_regular(None if self._inside else self.root, self.path))
+            file = OpenShard(open_regular(None if self._inside else self.root, self.path), direct)
             found = os.fstat(file.fd).st_size
         except FileNotFoundError:
             raise DamagedError(f"{what}: {self.path} is missing") from None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from actcache.store import DamagedError
 from actcache.store.int8_reader import Int8Reader
-from actcache.store.shard import ShardReader
+from actcache.store.shard import ShardReader, scratch
 from saetrain.stream.aligned import AnySegment, row_map, stored
 from saetrain.stream.order import Window
 from saetrain.stream.rows import EligibleRows
@@ -111,15 +111,26 @@ class Loader:
     """Fills windows. `load` may run in a thread of its own while earlier windows are in use."""
 
     def __init__(
-        self, segments: Sequence[AnySegment], hooks: Sequence[str], *, threads: int, pin: bool
+        self,
+        segments: Sequence[AnySegment],
+        hooks: Sequence[str],
+        *,
+        threads: int,
+        pin: bool,
+        direct: bool = False,
     ) -> None:
-        """`pin`: window buffers in page-locked memory, for copies to a GPU."""
+        """`pin`: window buffers in page-locked memory, for copies to a GPU.
+
+        `direct`: read past the page cache, see `ShardReader.open`.
+        """
         self._segments, self._hooks, self._threads = segments, tuple(hooks), threads
         self._ring = _Ring(pin)
         self._pool = ThreadPoolExecutor(threads, "read")
         self._scratch = threading.local()
         self._reader = lru_cache(maxsize=_SHARDS)(self._open)
-        self._file = lru_cache(maxsize=_OPEN_FILES)(lambda s, h, i: self._reader(s, h)[i].open())
+        self._file = lru_cache(maxsize=_OPEN_FILES)(
+            lambda s, h, i: self._reader(s, h)[i].open(direct)
+        )
         self.bytes_read = 0
 
     def close(self) -> None:
@@ -174,7 +185,7 @@ class Loader:
             reader, file = self._reader(s, hook)[part], self._file(s, hook, part)
             there, at = self._there(s, hook, rows, to)
             for lo, hi, chunk in _runs(there, reader.chunk_rows):
-                block = reader.read_into(chunk, self._buffer(reader.chunk_bytes + 8), file)
+                block = reader.read_into(chunk, self._buffer(reader.chunk_bytes), file)
                 self.bytes_read += reader.chunk_bytes
                 some = there[lo:hi] - chunk * reader.chunk_rows
                 scatter(window, at[lo:hi], block, None if len(some) == len(block) else some)
@@ -191,11 +202,13 @@ class Loader:
         return there[order], to[order]
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
-        """Scratch memory of this thread."""
-        have: NDArray[np.uint8] | None = getattr(self._scratch, "chunk", None)
-        if have is None or len(have) < size:
-            have = self._scratch.chunk = np.empty(size, dtype=np.uint8)
-        return have
+        """Memory of this thread for a chunk of `size` bytes."""
+        known: tuple[int, NDArray[np.uint8]] = getattr(
+            self._scratch, "chunk", (0, np.empty(0, "u1"))
+        )
+        if known[0] < size:
+            known = self._scratch.chunk = size, scratch(size)
+        return known[1]
 
 
 def _runs(rows: NDArray[np.int64], chunk_rows: int) -> list[tuple[int, int, int]]:

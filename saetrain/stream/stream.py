@@ -65,6 +65,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         threads: int | None = None,
+        direct: bool | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -75,7 +76,9 @@ class Stream:
         `shuffle=False` keeps units in stored order and shuffles within windows only, as a live
         source has to. Raises HookMissingError for a hook the store has not, ConfigError for
         numbers that cannot work. `max_norm` leaves out rows longer than so many mean lengths of
-        any of the hooks; statistics (`space`) are those of the store, with them.
+        any of the hooks; statistics (`space`) are those of the store, with them. `direct`: read
+        past the page cache (O_DIRECT); None: if half of the memory cannot hold the hooks' rows,
+        since pages would be dropped before the next epoch wants them.
         """
         self.snapshot = snapshot
         self.hooks = tuple(snapshot.resolve_hook(h) for h in hooks)
@@ -84,6 +87,7 @@ class Stream:
         self.rank, self.world, self.threads = rank, world, threads or min(4, os.cpu_count() or 1)
         self.dtype, self.device = dtype, torch.device(device)
         self._check()
+        self.direct = self._beyond_memory() if direct is None else direct
         self.filter = RowFilter(
             split=split,
             held_out_fraction=held_out_fraction,
@@ -110,6 +114,11 @@ class Stream:
             self.snapshot.segments, together, self.filter, self.threads, norms
         )
         return self.eligible.counts, self.eligible.n_rows
+
+    def _beyond_memory(self) -> bool:
+        infos = [self.snapshot.hooks[h] for h in self.hooks]
+        size = sum(self.snapshot.n_rows * i.chunk_bytes // i.chunk_rows for i in infos)
+        return size > memory_bytes() // 2
 
     def _mean_norms(self) -> dict[str, float]:
         special = not self.filter.skip_special
@@ -273,8 +282,15 @@ class Stream:
     def _loaded(self, plan: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Loaded]]:
         """Windows in order; the next one is read while one is in use."""
         pin = self.device.type == "cuda"
-        loader = Loader(self.snapshot.segments, self.hooks, threads=self.threads, pin=pin)
+        loader = Loader(
+            self.snapshot.segments, self.hooks, threads=self.threads, pin=pin, direct=self.direct
+        )
         return read_ahead(loader, plan, self.places, self.traffic)
+
+
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _parts(hook: str, cuts: Sequence[tuple[Loaded, slice]]) -> tuple[Tensor, ...]:
