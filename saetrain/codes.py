@@ -109,11 +109,11 @@ def select_topk(
     k: int,
     dead_F: Tensor | None = None,
     k_aux: int = 0,
-    product_BF: Tensor | None = None,
+    found: list[Tensor] | None = None,
 ) -> tuple[SparseCodes, SparseCodes | None]:
     """`topk_codes(x @ W_enc + b_enc, k)` with a sparse backward, and the AuxK candidates.
 
-    `product_BF` is x @ W_enc where it is known already; it is overwritten.
+    `found`: what `saetrain.kernels.encode.slots_of` gave for x, where that is known already.
 
     With `dead_F` (bool) also the `k_aux` largest positive pre-activations among dead latents (slots
     left over have value 0 and no gradient). Gradients reach W_enc and b_enc through both; x_BD is
@@ -125,7 +125,7 @@ def select_topk(
         raise ValueError("select_topk gives no gradient to its input: use topk_codes")
     if dead_F is None:
         k_aux = 0
-    codes, aux = encode_topk(x_BD, W_enc_DF, b_enc_F, k, dead_F, k_aux, _autocast(x_BD), product_BF)
+    codes, aux = encode_topk(x_BD, W_enc_DF, b_enc_F, k, dead_F, k_aux, _autocast(x_BD), found)
     n_latents = W_enc_DF.shape[1]
     return SparseCodes(*codes, n_latents), SparseCodes(*aux, n_latents) if k_aux else None
 

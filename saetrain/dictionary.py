@@ -129,8 +129,8 @@ class Dictionary(SAE):
         self.penalty = None if cfg.penalty is None else make_penalty(cfg.penalty, self.activation)
         aux_k = max(1, self.d_in // 2) if cfg.aux_k is None else cfg.aux_k
         self.aux_k = min(aux_k, self.n_latents) if cfg.auxk_alpha else 0
-        # (x' - b_dec) W_enc of the next TopK step, where a sweep has it already: saetrain.stack
-        self.product: Tensor | None = None
+        # Slots of the next TopK step, where a sweep has found them already: saetrain.stack
+        self.found: list[Tensor] | None = None
         self._make_weights(spaces[self.hooks_in[0]].mean)
 
     def _check_hooks(self, cfg: DictionaryConfig, spaces: Mapping[str, HookSpace]) -> None:
@@ -230,17 +230,23 @@ class Dictionary(SAE):
         return Picked(self.activation.select(h_BF), h_BF, aux, dead_F)
 
     def _pick_topk(self, x_BD: Tensor, W_enc_DF: Tensor, bias_F: Tensor, k: int) -> Picked:
-        dead_F = self._aux_candidates()
-        product_BF, self.product = self.product, None
-        if dead_F is None or dead_F.device.type != "cpu" or int(dead_F.sum()) > self.aux_k:
-            codes, aux = select_topk(x_BD, W_enc_DF, bias_F, k, dead_F, self.aux_k, product_BF)
+        dead_F, sought_F = self.aux_search()
+        found, self.found = self.found, None
+        codes, aux = select_topk(x_BD, W_enc_DF, bias_F, k, sought_F, self.aux_k, found)
+        if dead_F is None or sought_F is not None:
             return Picked(codes, None, aux, dead_F)
         # All dead latents are chosen: no second search over all of them (a GPU would wait here).
         dead = dead_F.nonzero().squeeze(1)
         values = (x_BD @ W_enc_DF[:, dead] + bias_F[dead]).relu()
         aux = SparseCodes(values, dead.expand(len(x_BD), -1), self.n_latents)
-        codes, _ = select_topk(x_BD, W_enc_DF, bias_F, k, product_BF=product_BF)
         return Picked(codes, None, aux, dead_F)
+
+    def aux_search(self) -> tuple[Tensor | None, Tensor | None]:
+        """Who is dead, and among whom AuxK has to choose: None where it takes all or none."""
+        dead_F = self._aux_candidates()
+        if dead_F is None or dead_F.device.type != "cpu" or int(dead_F.sum()) > self.aux_k:
+            return dead_F, dead_F
+        return dead_F, None
 
     def _pick_above(self, x_BD: Tensor, W_enc_DF: Tensor, bias_F: Tensor) -> Picked | None:
         """Codes of what lies above a floor; None where there is none, or dense codes are better."""
@@ -312,7 +318,7 @@ class Dictionary(SAE):
         if self.cfg.init_bias == "geometric_median":
             self.b_dec.copy_(init.geometric_median(y_BE))
         if self.cfg.init_norm == "search":
-            self.product = None  # it was made with the length before
+            self.found = None  # with the length before
             self._search_norm(x_BD[:1024], y_BE[:1024])
 
     def _search_norm(self, x_BD: Tensor, y_BE: Tensor) -> None:

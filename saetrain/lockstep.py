@@ -291,7 +291,7 @@ class Lockstep:
         if wanted:
             say(f"fused.stack: {len(stack)} of {len(wanted)} encoders in common products")
         if len(stack) and self.device.type == "cpu":
-            say("warning: fused.stack is slower on a CPU, where single products stay in cache")
+            say("warning: fused.stack gains nothing on a CPU, where single products are as fast")
         return stack
 
     def _interrupt(self, position: int) -> Interrupted:

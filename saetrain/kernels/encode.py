@@ -16,7 +16,7 @@ Plain twin: `saetrain.codes.topk_codes(x @ W + b, k)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,23 +41,35 @@ def encode_topk(
     dead_F: Tensor | None = None,
     k_aux: int = 0,
     bf16: bool = False,
-    product_BF: Tensor | None = None,
+    found: list[Tensor] | None = None,
 ) -> tuple[Slots, Slots]:
     """((values, indices) of relu(top k), the same of the dead ones), differentiable in W and b.
 
-    `product_BF` is x @ W where the caller has it already; it is overwritten.
+    `found` is what `slots_of` gave for all tokens, where the caller had their products.
     """
 
     def select() -> list[Tensor]:
-        if product_BF is not None:
-            one: _Full = _Given(x_BD, W_DF, b_F, product_BF)
-        else:
-            one = (_Half if bf16 else _Full)(x_BD, W_DF, b_F)
+        one = (_Half if bf16 else _Full)(x_BD, W_DF, b_F)
         parts = pieces(len(x_BD), W_DF.shape[1], x_BD.device.type)
-        found = [one(p, k, dead_F, k_aux) for p in parts]
-        return [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)]
+        return joined([one(p, k, dead_F, k_aux) for p in parts])
 
-    return encode_with(select, x_BD, W_DF, b_F)
+    return encode_with(select if found is None else lambda: found, x_BD, W_DF, b_F)
+
+
+def slots_of(h_BF: Tensor, k: int, dead_F: Tensor | None, k_aux: int) -> list[Tensor]:
+    """Values and indices of the k largest, then of the k_aux largest dead ones. Overwrites h."""
+    values, indices = exact_topk(h_BF, k)
+    if not k_aux or dead_F is None:
+        return [values, indices, values[:, :0], indices[:, :0]]
+    # Living latents tie with silent dead ones at 0, which relu makes an empty slot.
+    return [values, indices, *exact_topk(h_BF.masked_fill_(~dead_F, 0), k_aux)]
+
+
+def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What was found in pieces of tokens, for all of them."""
+    if len(parts) == 1:
+        return list(parts[0])
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def encode_with(
@@ -141,27 +153,8 @@ class _Full:
     def __init__(self, x_BD: Tensor, W_DF: Tensor, b_F: Tensor) -> None:
         self.x, self.W, self.b = x_BD, W_DF.to(x_BD.dtype), b_F.to(x_BD.dtype)
 
-    def pre(self, piece: slice) -> Tensor:
-        return product(self.x[piece], self.W, self.b)
-
     def __call__(self, piece: slice, k: int, dead_F: Tensor | None, k_aux: int) -> list[Tensor]:
-        h = self.pre(piece)
-        values, indices = exact_topk(h, k)
-        if not k_aux or dead_F is None:
-            return [values, indices, values[:, :0], indices[:, :0]]
-        # Living latents tie with silent dead ones at 0, which relu makes an empty slot.
-        return [values, indices, *exact_topk(h.masked_fill_(~dead_F, 0), k_aux)]
-
-
-class _Given(_Full):
-    """By a product that was made elsewhere."""
-
-    def __init__(self, x_BD: Tensor, W_DF: Tensor, b_F: Tensor, product_BF: Tensor) -> None:
-        super().__init__(x_BD, W_DF, b_F)
-        self.h_BF = product_BF
-
-    def pre(self, piece: slice) -> Tensor:
-        return self.h_BF[piece].add_(self.b.to(self.h_BF.dtype)).to(self.x.dtype)
+        return slots_of(product(self.x[piece], self.W, self.b), k, dead_F, k_aux)
 
 
 class _Half(_Full):
