@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from heapq import nlargest
@@ -39,6 +39,7 @@ from saetrain.settings import TrainSettings
 from saetrain.stream import Batch
 from saetrain.trainer import Trainer
 
+WARM_UP, MOST = 5, 25  # steps of `probe` that do not count, and that do at most
 KEPT = 2**30  # bytes of held-out rows that a group keeps at most
 _SIZES = {"bfloat16": 2, "float16": 2, "int8": 1}  # bytes a channel as stored; others 4
 _STATES = {"signum": 4, "muon": 4, "adam8bit": 2, "schedulefree": 8}  # bytes a parameter; others 8
@@ -182,10 +183,21 @@ def _hollow(settings: TrainSettings, source: Source) -> SAE:
     return make_sae(settings.sae, spaces, settings.saes_path)
 
 
-def probe(settings: TrainSettings, source: Source, device: torch.device, steps: int = 3) -> float:
-    """Seconds of a training step: the median of `steps`, after one that warms up.
+def probe(
+    settings: TrainSettings,
+    source: Source,
+    device: torch.device,
+    *,
+    least: int = 3,
+    seconds: float = 2.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds of a training step, the median of steps after those that warm up.
 
-    Needs the memory of the run. The rows are random, with the mean and length of the store's.
+    Needs the memory of the run. The rows are random, with the mean and length of the store's. The
+    first `WARM_UP` steps do not count: memory comes page by page from the system, kernels are
+    chosen, threads start. Then steps for about `seconds`, `least` of them at least and `MOST` at
+    most.
     """
     trainer = Trainer(settings, source, device)
     rows: dict[str, Any] = {}
@@ -193,14 +205,21 @@ def probe(settings: TrainSettings, source: Source, device: torch.device, steps: 
         noise = torch.randn(settings.batch_tokens, space.d) * (space.variance / space.d) ** 0.5
         rows[hook] = (space.mean + noise).to(device)
     empty = np.zeros(settings.batch_tokens, np.int32)
-    took = []
-    for step in range(steps + 1):
-        begun = time.perf_counter()
-        trainer._train_step(Batch(rows, _no_table, empty, 0, step))
+
+    def step(number: int) -> float:
+        trainer.step = min(trainer.step, trainer.n_steps - 1)  # a short run has no step beyond
+        begun = clock()
+        trainer._train_step(Batch(rows, _no_table, empty, 0, number))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - begun)
-    return statistics.median(took[1:])
+        return clock() - begun
+
+    for number in range(WARM_UP):
+        step(number)
+    took: list[float] = []
+    while len(took) < least or (sum(took) < seconds and len(took) < MOST):
+        took.append(step(WARM_UP + len(took)))
+    return statistics.median(took)
 
 
 def _no_table() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from pipelines import bench_sweep
 from pipelines.bench_data import make_data
-from pipelines.bench_sweep import QUICK, Sweep
+from pipelines.bench_sweep import QUICK, Scale, Sweep
 
 TINY = replace(QUICK, segments=6, segment_rows=256, latents=(32,), ks=(2, 4))
 
@@ -24,11 +25,18 @@ def side(tiny_host, tmp_path: Path) -> Sweep:
 
 def test_all_ways_train_the_same_saes(side: Sweep) -> None:
     fused, one = side.sweep("fused"), side.sweep("sequential")
-    assert fused["fves"] == one["fves"]
+    assert fused["fves"] == pytest.approx(one["fves"], abs=1e-6)
     assert len(fused["fves"]) == 2
     assert fused["tokens"] == one["tokens"] > 0
     assert side.sweep("stacked")["fves"] == pytest.approx(one["fves"], abs=1e-3)
     assert list(side.folder.glob("*/runs")) == []  # nothing is left behind
+
+
+def test_every_side_has_the_whole_machine_and_must_train_the_same() -> None:
+    assert Scale().threads == os.cpu_count()
+    bench_sweep._check_equal([0.5, 0.25], [0.5, 0.2500001])
+    with pytest.raises(RuntimeError, match="nothing to compare"):
+        bench_sweep._check_equal([0.5, 0.25], [0.5, 0.26])
 
 
 def test_memory_is_that_of_training(side: Sweep) -> None:
