@@ -93,7 +93,9 @@ class TrainConfig:
         "train.batch_tokens", "SEQUENCES of a step; a step has batch_size x ctx_len tokens", 8
     )
     lr: float | None = option(
-        "train.optim.lr", "learning rate of Adam", unset="2e-4 / sqrt(num_latents / 2^14)"
+        "train.optim.lr",
+        "learning rate of Adam",
+        unset="2e-4 / sqrt(num_latents / 2^14), more in runs of under 2^15 steps",
     )
     lr_warmup_steps: int | None = option(
         "train.schedule.warmup_steps", "steps of linear warm-up", unset="5 % of all"

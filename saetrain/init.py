@@ -18,6 +18,7 @@ Shapes: D input width, E output width, F latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -57,7 +58,8 @@ def best_norm(y: Tensor, predict: Callable[[float], Tensor], power: int) -> floa
     g = (one - half) / (1 - 0.5**power)
     size = float(g.square().sum())
     share = float((g * (y - (one - g))).sum()) / size if size else 0.0
-    return min(NORMS[-1], max(NORMS[0], max(0.0, share) ** (1 / power)))
+    length = math.pow(max(0.0, share), 1 / power)
+    return min(NORMS[-1], max(NORMS[0], length))
 
 
 @torch.no_grad()

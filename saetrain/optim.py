@@ -29,14 +29,23 @@ from saetrain.optim_settings import OptimSettings, ScheduleSettings
 THRESHOLDS = "*threshold"  # the parameters that `jumprelu_lr_factor` is for
 
 
-def base_lr(settings: OptimSettings, n_latents: int) -> float:
-    """`optim.lr`, or base / sqrt(F / 2^14), base 2e-4 for Adam: 1/sqrt(F) scaling of Gao et al.
-    (arXiv 2406.04093). The others' bases are in optimizers.py."""
+def base_lr(settings: OptimSettings, n_latents: int, n_steps: int | None = None) -> float:
+    """`optim.lr`, or base / sqrt(F / 2^14) times what a short run adds; None: a long run.
+
+    1/sqrt(F) is of Gao et al. (arXiv 2406.04093), the bases are in optimizers.py. A run of
+    T < 2^15 steps has too few for that rate: rules that take steps as Adam does get
+    sqrt(2^15 / T) times as much, but no more than 1e-2 by it. Found at 60 to 2,340 steps and 512 to
+    8,192 latents, docs/quality.md; the best rate fell like 1/sqrt(T) and like 1/sqrt(F).
+    """
     if settings.lr is not None:
         return settings.lr
     free = settings.name == "schedulefree"
     base = optimizers.SCHEDULE_FREE_LR[settings.rule] if free else None
-    return (base or optimizers.BASE_LR[settings.name]) / math.sqrt(n_latents / 2**14)
+    rate = (base or optimizers.BASE_LR[settings.name]) / math.sqrt(n_latents / 2**14)
+    if n_steps is None or settings.name not in optimizers.FASTER_WHEN_SHORT:
+        return rate
+    short = rate * math.sqrt(max(1.0, optimizers.LONG_RUN / max(1, n_steps)))
+    return max(rate, min(short, optimizers.SHORT_RUN_LR))
 
 
 def schedule_factor(step: int, n_steps: int, settings: ScheduleSettings) -> float:
@@ -65,8 +74,15 @@ def advice(optim: OptimSettings, schedule: ScheduleSettings) -> str | None:
 class Optimizer:
     """Steps the parameters of one SAE, in groups that differ in their learning-rate factor."""
 
-    def __init__(self, module: nn.Module, settings: OptimSettings, n_latents: int) -> None:
-        self.lr = base_lr(settings, n_latents)
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: OptimSettings,
+        n_latents: int,
+        n_steps: int | None = None,
+    ) -> None:
+        """`n_latents` and the `n_steps` of the run (None: many) decide a rate that is not given."""
+        self.lr = base_lr(settings, n_latents, n_steps)
         self.settings, self.clip_norm = settings, settings.clip_norm
         self.module = module
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}

@@ -27,7 +27,7 @@ _OWN = ("betas", "eps", "momentum", "weight_decay", "rule")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """The rule and its numbers; `lr=None` is `base / sqrt(F / 2^14)`, see `optim.base_lr`.
+    """The rule and its numbers; `lr=None` follows from latents F and steps T: `optim.base_lr`.
 
     Raises ConfigError for values out of range and for ones that the rule would not read.
     """

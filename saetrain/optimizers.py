@@ -33,6 +33,9 @@ Parts = list[torch.optim.Optimizer]
 # as large as one of Adam at the same rate. schedulefree with rule=sign: sparsify's default.
 BASE_LR = {"adam": 2e-4, "adamw": 2e-4, "adam8bit": 2e-4, "muon": 2e-4, "signum": 2e-4}
 SCHEDULE_FREE_LR = {"adam": 1e-3, "sign": 5e-3}
+# These rates are meant for at least LONG_RUN steps; see `optim.base_lr` for shorter runs.
+LONG_RUN, SHORT_RUN_LR = 2**15, 1e-2
+FASTER_WHEN_SHORT = ("adam", "adamw", "adam8bit", "muon")
 # Numbers of a parameter group that change with the steps, so that checkpoints keep them.
 GROUP_STATE = ("k", "weight_sum", "lr_max")
 

@@ -134,7 +134,7 @@ class Trainer:
         self.settings, self.source, self.device = settings, source, device
         self.n_steps = n_steps(settings, source.train)
         self.sae = make_sae(settings.sae, source.spaces(), settings.saes_path).to(device)
-        self.optim = Optimizer(self.sae, settings.optim, self.sae.n_latents)
+        self.optim = Optimizer(self.sae, settings.optim, self.sae.n_latents, self.n_steps)
         self._compute = compiled(self.sae.losses, device) if settings.compile else self.sae.losses
         self.step = 0  # steps done
         self.seconds = 0.0  # of training, over all starts

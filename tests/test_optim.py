@@ -53,6 +53,28 @@ def test_default_rate_follows_the_number_of_latents() -> None:
     assert base_lr(OptimSettings(lr=0.5), 2**12) == 0.5
 
 
+def test_short_runs_get_a_higher_rate_up_to_a_limit() -> None:
+    adam = OptimSettings()
+    for n_latents in (2**12, 2**14, 2**16):
+        long = base_lr(adam, n_latents)
+        assert [base_lr(adam, n_latents, 2**n) for n in (15, 16, 20)] == [long] * 3
+        assert base_lr(adam, n_latents, 2**13) == pytest.approx(2 * long)
+        rates = [base_lr(adam, n_latents, n) for n in (1, 30, 500, 5000, 2**15)]
+        assert rates == sorted(rates, reverse=True)
+        assert max(rates) <= 1e-2
+    assert base_lr(adam, 2**14, 1) == 1e-2
+    assert base_lr(adam, 4, 10) == base_lr(adam, 4) > 1e-2  # the limit takes nothing away
+    assert base_lr(OptimSettings(lr=0.5), 2**12, 10) == 0.5
+    for name, faster in (
+        ("muon", True),
+        ("adamw", True),
+        ("signum", False),
+        ("schedulefree", False),
+    ):
+        rule = OptimSettings(name=name)
+        assert (base_lr(rule, 2**14, 500) > base_lr(rule, 2**14)) is faster
+
+
 def numpy_adam(grads: list[np.ndarray], w: np.ndarray, lrs: list[float], clip: float) -> np.ndarray:
     """Kingma and Ba (2014), algorithm 1, after clipping the gradient's norm."""
     m = v = np.zeros_like(w)

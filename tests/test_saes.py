@@ -80,6 +80,7 @@ TOPK = Row(
     inferred=exactly(2),
     reference=sae_reference(lambda h, w: topk_oracle(h, 2), aux_k=3),
     recovers=0.95,
+    half_error=0.05,  # near a tie, 2 of 100 tokens choose others; the median error is 0.002
 )
 RELU = Row(
     name="relu",
@@ -134,6 +135,7 @@ MATRYOSHKA = Row(
     trained=on_average(2),
     inferred=above(0),
     reference=matryoshka_reference([24, 16, 8], 2, 3),
+    half_error=0.05,
 )
 P_ANNEAL = Row(
     name="p_anneal",
