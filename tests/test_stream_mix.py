@@ -16,6 +16,8 @@ from test_stream_join import named
 from saetrain.errors import ConfigError
 from saetrain.stream import Mix, SequenceStream, Stream
 from saetrain.stream.apportion import Apportion, split
+from saetrain.stream.mixing import measure
+from saetrain.stream.told import Told
 
 OPTIONS = {"batch_tokens": 40, "window_rows": 100}
 
@@ -252,3 +254,33 @@ def test_a_changed_mix_is_not_resumed(snapshots):
     swapped = mix(snapshots, {"code": 0.6, "web": 0.3, "chat": 0.1})
     with pytest.raises(ConfigError, match="store_id of code: sha256:"):
         swapped.load_state_dict(state)
+
+
+def test_kappa_of_a_mix_is_measured_and_predicted(tmp_path):  # F42
+    """Against a count over the batches themselves."""
+    wide = {"hooks": {"resid.2": 4}, "segments": (4096,) * 3, "chunk_bytes": 32 * 4 * 2}
+    stores = {
+        "a": make_store(tmp_path / "a", **wide, seed=1).snapshot(),
+        "b": make_store(tmp_path / "b", **wide, seed=2, order="context").snapshot(),
+    }
+    mixed = mix(stores, {"a": 3, "b": 1}, batch_tokens=512, window_rows=2048)
+    found = measure(mixed, batches=16)
+    others, documents = [], []
+    for batch in islice(mixed, 16):
+        rows = list(zip(batch.segment.tolist(), batch.tokens.ctx.tolist(), strict=True))
+        count = Counter(rows)
+        others.append(np.mean([count[r] - 1 for r in rows]))
+        documents.append(len(np.unique(batch.tokens.doc)))
+    assert found.kappa == pytest.approx(np.mean(others))
+    assert found.documents == pytest.approx(np.mean(documents))
+    assert abs(found.predicted - found.kappa) < 3 * found.error + 0.02 * found.predicted
+    context = stores["a"].context
+    ideal = [
+        w * (w * 512 - 1) * (context - 1) / (s.n_rows - 1)
+        for s, w in zip(mixed.streams, (0.75, 0.25), strict=True)
+    ]
+    assert found.ideal == pytest.approx(sum(ideal))
+    said: list[str] = []
+    Told(mixed, said.append).begin()
+    assert said[0].startswith("mixing: κ = ")
+    assert any("stream.window_rows=" in line for line in said) == (found.kappa > 1)

@@ -153,7 +153,7 @@ class Mix:
         if not all(self.counts(steps)):
             raise ConfigError(self._too_few())
         running = {
-            i: s.slices(self.epoch, self.step_in_epoch, steps, self._bound(i))
+            i: s.slices(self.epoch, self.step_in_epoch, steps, self.bound(i))
             for i, s in enumerate(self.streams)
         }
         while True:
@@ -166,12 +166,13 @@ class Mix:
         """Every row of every store once, by weight while all last; the last batch may be short."""
         steps = -(-self.n_rows // self.batch_tokens)
         running = {
-            i: s.in_order(steps, self._bound(i)) for i, s in enumerate(self.streams) if s.n_rows
+            i: s.in_order(steps, self.bound(i)) for i, s in enumerate(self.streams) if s.n_rows
         }
         for step in range(steps):
             yield self._next(running, step, 0, step)
 
-    def _bound(self, i: int) -> Callable[[int], int]:
+    def bound(self, i: int) -> Callable[[int], int]:
+        """Rows of stream `i` in the first n batches of an epoch, as a function of n."""
         return lambda step: self.counts(step)[i]
 
     def _next(

@@ -8,6 +8,8 @@ activation, and predicted from the layout, exactly up to batches that span two w
     κ = (T-1) (B-1)/(W-1) [p + (1 - p) q]    p  two tokens of a context lie in one unit
                                              q  two units lie in one window: (U-1)/(M-1)
 
+A mix of stores has the mean of theirs by weight, each with its own part of the batch as B.
+
 Symbols: B batch, T tokens of a context, W rows of a window, U units of a window, M units, S rows of
 a segment, c rows of a unit. Permuted segments have p = (c-1)/(S-1); in contiguous ones p follows
 from where the borders of units cut contexts.
@@ -15,15 +17,17 @@ from where the borders of units cut contexts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saetrain.stream.mix import Mix
 from saetrain.stream.stream import Stream
 
+_Ids = tuple[NDArray[np.int64], NDArray[np.uint64]]  # context and document of each row
 HIGH = 1.0  # κ above this is worth a warning
 
 
@@ -45,19 +49,20 @@ class Mixing:
         )
 
 
-def measure(stream: Stream, batches: int = 8) -> Mixing:
+def measure(source: Stream | Mix, batches: int = 8) -> Mixing:
     """κ of the first `batches` batches of epoch 0. Reads token tables, no activations."""
-    found = [_pairs(*ids) for ids in islice(_batches(stream), batches)]
+    parts, total = _parts(source), source.batch_tokens
+    rows = islice(zip(*map(_batches, parts), strict=False), batches)  # the shortest ends an epoch
+    found = [_pairs(*_joined(ids)) for ids in rows]
     others = np.array([p for p, _ in found])
     documents = [d for _, d in found]
     sem = float(others.std(ddof=1) / np.sqrt(len(others))) if len(others) > 1 else float("inf")
-    context = stream.snapshot.context
-    rows = stream.n_rows
+    weights = [part.rows / total for part in parts]
     return Mixing(
         kappa=float(others.mean()),
         error=sem,
-        predicted=predict(stream),
-        ideal=(stream.batch_tokens - 1) * (context - 1) / max(1, rows - 1),
+        predicted=sum(w * predict(p.stream, p.rows) for w, p in zip(weights, parts, strict=True)),
+        ideal=sum(w * p.ideal for w, p in zip(weights, parts, strict=True)),
         documents=float(np.mean(documents)),
         batches=len(found),
     )
@@ -75,8 +80,9 @@ def of_rows(
     }
 
 
-def advice(found: Mixing, stream: Stream) -> str | None:
+def advice(found: Mixing, source: Stream | Mix) -> str | None:
     """What to set if κ is high; None if it is not."""
+    stream = source.streams[0] if isinstance(source, Mix) else source
     if found.kappa <= HIGH or found.kappa <= 1.5 * found.ideal:
         return None
     factor = found.kappa / HIGH
@@ -89,8 +95,37 @@ def advice(found: Mixing, stream: Stream) -> str | None:
     )
 
 
-def _batches(stream: Stream) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One stream's share of every batch."""
+
+    stream: Stream
+    rows: float  # of a batch, on average
+    bound: Callable[[int], int]  # rows in the first n batches
+
+    @property
+    def ideal(self) -> float:
+        context, rows = self.stream.snapshot.context, self.stream.n_rows
+        return max(0.0, self.rows - 1) * (context - 1) / max(1, rows - 1)
+
+
+def _parts(source: Stream | Mix) -> list[_Part]:
+    total = source.batch_tokens
+    if isinstance(source, Stream):
+        return [_Part(stream=source, rows=total, bound=lambda s: s * total)]
+    each = enumerate(zip(source.streams, source.weights, strict=True))
+    return [_Part(stream=s, rows=float(w) * total, bound=source.bound(i)) for i, (s, w) in each]
+
+
+def _joined(ids: Sequence[_Ids]) -> _Ids:
+    """Rows of all stores; contexts of different stores are different ones."""
+    contexts = [c | np.int64(store) << 56 for store, (c, _) in enumerate(ids)]
+    return np.concatenate(contexts), np.concatenate([d for _, d in ids])
+
+
+def _batches(part: _Part) -> Iterator[_Ids]:
     """(context, document) of the rows of each global batch, in order."""
+    stream, step = part.stream, 0
     contexts, documents = np.empty(0, np.int64), np.empty(0, np.uint64)
     for window in stream.windows(0):
         places = stream.places(window)
@@ -98,8 +133,8 @@ def _batches(stream: Stream) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uin
         ids = places.segment.astype(np.int64) << 32 | table.ctx
         contexts = np.concatenate([contexts, ids])
         documents = np.concatenate([documents, table.doc])
-        while len(contexts) >= stream.batch_tokens:
-            b = stream.batch_tokens
+        while len(contexts) >= (b := part.bound(step + 1) - part.bound(step)):
+            step += 1
             yield contexts[:b], documents[:b]
             contexts, documents = contexts[b:], documents[b:]
 
@@ -110,8 +145,9 @@ def _pairs(context: NDArray[np.int64], document: NDArray[np.uint64]) -> tuple[fl
     return float((counts * (counts - 1)).sum() / len(context)), len(np.unique(document))
 
 
-def predict(stream: Stream) -> float:
-    """κ by the formula above, for the rows that the stream's filter keeps."""
+def predict(stream: Stream, batch: float | None = None) -> float:
+    """κ by the formula above, for the rows that the filter keeps; of `batch` of them, or B."""
+    batch = stream.batch_tokens if batch is None else batch
     layout = stream.snapshot.store.identity.layout
     sizes = np.array([s.n_rows for s in stream.snapshot.segments])
     kept = stream.n_rows / max(1, int(sizes.sum()))
@@ -125,7 +161,7 @@ def predict(stream: Stream) -> float:
         same_unit = _same_unit(int(sizes.max()), layout.context, round(unit_rows))
     same_window = same_unit + (1 - same_unit) * (per_window - 1) / max(1, units - 1)
     tokens = layout.context * kept
-    return float((tokens - 1) * (stream.batch_tokens - 1) / max(1, window - 1) * same_window)
+    return float((tokens - 1) * max(0.0, batch - 1) / max(1, window - 1) * same_window)
 
 
 def _same_unit(rows: int, context: int, unit: int) -> float:

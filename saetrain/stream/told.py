@@ -18,8 +18,10 @@ import numpy as np
 
 from saetrain.stream.ahead import Traffic
 from saetrain.stream.live import LiveStream
+from saetrain.stream.mix import Mix
 from saetrain.stream.mixing import HIGH, Mixing, advice, measure
 from saetrain.stream.scatter import SWITCH, compiled
+from saetrain.stream.sequences import SequenceStream
 from saetrain.stream.stream import Stream
 
 Say = Callable[[str], None]
@@ -42,10 +44,11 @@ class Told:
     def begin(self) -> None:
         """Before the first step of this process."""
         self._started = time.perf_counter()
-        if type(self._stream) is Stream:
-            self._mixing = measure(self._stream)
+        stream = self._stream
+        if isinstance(stream, Stream | Mix) and not isinstance(stream, SequenceStream):
+            self._mixing = measure(stream)
             self._say(str(self._mixing))
-            if (wanted := advice(self._mixing, self._stream)) is not None:
+            if (wanted := advice(self._mixing, stream)) is not None:
                 self._say(f"warning: {wanted}")
             if compiled() is None and os.environ.get(SWITCH) != "0":
                 self._say("no C compiler ($CC, cc): numpy shuffles the rows, which is slower")
