@@ -280,7 +280,9 @@ def test_kappa_of_a_mix_is_measured_and_predicted(tmp_path):  # F42
         for s, w in zip(mixed.streams, (0.75, 0.25), strict=True)
     ]
     assert found.ideal == pytest.approx(sum(ideal))
-    said: list[str] = []
-    Told(mixed, said.append).begin()
-    assert said[0].startswith("mixing: κ = ")
-    assert any("stream.window_rows=" in line for line in said) == (found.kappa > 1)
+    for rows, warned in ((2048, False), (600, True)):
+        said: list[str] = []
+        tight = mix(stores, {"a": 3, "b": 1}, batch_tokens=512, window_rows=rows)
+        Told(tight, said.append).begin()
+        assert said[0].startswith("mixing: κ = ")
+        assert any("stream.window_rows=" in line for line in said) == warned
