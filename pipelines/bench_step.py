@@ -46,8 +46,8 @@ from pipelines.bench import (
 from saetrain.activations import JumpReLU
 from saetrain.kernels import above
 from saetrain.kernels.gemm import product
-from saetrain.optim import Optimizer
-from saetrain.optim_settings import OptimSettings
+from saetrain.optim import Optimizer, base_lr, schedule_factor
+from saetrain.optim_settings import OptimSettings, ScheduleSettings
 from saetrain.saes import make_sae
 from saetrain.saes.base import HookSpace, Progress
 from saetrain.saes.sae import Autoencoder
@@ -60,6 +60,7 @@ PEERS = {
     "dictionary_learning": ("dictionary-learning", 5.0),
 }
 HOOK = "resid.0"
+LONG = 1 << 20  # steps that a schedule is laid out for where only the first ones are timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,23 +102,27 @@ class Ours:
         lr: float | None = None,
         bf16: bool = False,
         preset: str = "topk",
+        steps: int = LONG,
     ) -> None:
         torch.manual_seed(0)
-        self.bf16, self.k = bf16, k
+        self.bf16, self.k, self.steps = bf16, k, steps
         own = {"k": k} if preset == "topk" else {}
         self.sae = make_sae({"name": preset, "n_latents": n_latents, **own}, {HOOK: space})
-        self.optim = Optimizer(self.sae, OptimSettings(lr=lr), n_latents)
+        self.optim = Optimizer(self.sae, OptimSettings(lr=lr), n_latents, steps)
         self.window, self.done = Window(), 0
 
     def step(self, x: torch.Tensor) -> None:
-        progress = Progress(step=self.done, n_steps=1 << 20, tokens=self.done * len(x))
+        if self.done == 0:
+            with torch.no_grad():
+                self.sae.init_from_data({HOOK: x})
+        progress = Progress(step=self.done, n_steps=self.steps, tokens=self.done * len(x))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
             losses = self.sae.losses({HOOK: x}, progress)
         total = losses.total
         total.backward()  # type: ignore[no-untyped-call]
         self.sae.before_step()
         norm = self.optim.clip()
-        self.optim.step(1.0)
+        self.optim.step(schedule_factor(self.done, self.steps, ScheduleSettings()))
         self.sae.after_step()
         self.sae.note_firing(losses.codes)
         self.window.add(step_numbers(losses, total, norm))
@@ -297,7 +302,7 @@ class Bench:
             how: tuple[str | Path, ...] = THEIRS
             more: dict[str, Any] = {"peer": side, "steps": steps}
         else:
-            how, more = OWN, {"kind": "ours", "bf16": side == "bf16"}
+            how, more = OWN, {"kind": "ours", "bf16": side == "bf16", "steps": steps}
         with Worker(*how) as worker:
             worker.ask(**self.setup((d, factor), rows, lr=lr, **more))
             worker.ask(do="train", steps=steps)
@@ -308,7 +313,7 @@ class Bench:
     def quality(self) -> list[Measure]:
         self.say("FVE at equal tokens")
         d, factor = self.scale.fve_size
-        rate_of_ours = 2e-4 / (d * factor / 2**14) ** 0.5
+        rate_of_ours = base_lr(OptimSettings(), d * factor, self.scale.fve_steps)
         ours = self.fve("ours", None)
         found = [self._fve("bf16_fve", 0.997, self.fve("bf16", None) / ours)]
         for peer, (package, _) in PEERS.items():

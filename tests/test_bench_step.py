@@ -21,7 +21,7 @@ def bench(tmp_path: Path) -> Bench:
 
 def test_our_side_trains_and_its_fve_rises(bench: Bench) -> None:
     side, held_out = Side(), bench.rows(32, 512, seed=1)
-    setup = bench.own((32, 16), kind="ours", lr=3e-3, bf16=False)[1]
+    setup = bench.own((32, 16), kind="ours", lr=3e-3, bf16=False, steps=30)[1]
     side.make(**{k: v for k, v in setup.items() if k != "do"})
     assert isinstance(side.tool, Ours)
     before, start = side.fve(held_out)["fve"], side.tool.sae.W_dec.detach().clone()
