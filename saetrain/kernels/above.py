@@ -105,7 +105,7 @@ class _Finder:
         """Add the slots of some tokens, unless they are more than the share `limit`: False."""
         x = self.x[piece]
         if self.bf16:
-            h_BF = torch.addmm(self.half[1], x.bfloat16(), self.half[0])
+            h_BF = product(x.bfloat16(), *self.half)
         else:
             h_BF = product(x, self.W, self.b)
         at = above(h_BF, self.floor.to(h_BF.dtype))

@@ -42,7 +42,7 @@ def encode_batchtopk(
     def select() -> list[Tensor]:
         if bf16:
             half = torch.bfloat16
-            h_BF = torch.addmm(b_F.to(half), x_BD.to(half), W_DF.to(half))
+            h_BF = product(x_BD.to(half), W_DF.to(half), b_F)
         else:
             h_BF = product(x_BD, W_DF.to(x_BD.dtype), b_F)
         more = min(keep + keep // 8, h_BF.numel()) if bf16 else keep

@@ -167,7 +167,7 @@ class _Half(_Full):
 
     def __call__(self, piece: slice, k: int, dead_F: Tensor | None, k_aux: int) -> list[Tensor]:
         x, W, b = self.half
-        h = torch.addmm(b, x[piece], W)
+        h = product(x[piece], W, b)
         values, indices = self._decide(piece, exact_topk(h, surplus(k, len(self.b)))[1], k)
         if not k_aux or dead_F is None:
             return [values, indices, values[:, :0], indices[:, :0]]
