@@ -144,17 +144,19 @@ def draw(points: Sequence[Point], work: Work, file: Path) -> None:
     titles = {
         "latents": (f"width, {work.batch:,} tokens a batch", "ms a step"),
         "batch": (f"batch, {work.width:,} latents", "µs a token"),
-        "configs": (f"configs of {work.small:,} latents on one batch", "ms a step of all"),
+        "configs": (f"configs, {work.small:,} latents each", "ms a step and config"),
     }
     for axes, (axis, (title, unit)) in zip(panels, titles.items(), strict=True):
         here = [p for p in points if p.axis == axis]
-        per = [1e3 / p.tokens if axis == "batch" else 1.0 for p in here]
+        per = [_share(p) for p in here]
         for side, style in (("step", "o-"), ("product", "s--")):
             values = [getattr(p, side) * f for p, f in zip(here, per, strict=True)]
             axes.plot([p.at for p in here], values, style, markersize=4, label=side)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("linear" if axis == "batch" else "log")
-        if axis == "batch":
+        if axis == "latents":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+        else:
             axes.set_ylim(bottom=0)
         axes.set_xticks([p.at for p in here], [_short(p.at) for p in here])
         axes.minorticks_off()
@@ -164,6 +166,11 @@ def draw(points: Sequence[Point], work: Work, file: Path) -> None:
     panels[0].legend(frameon=False)
     figure.suptitle(f"TopK step, float32, d = {work.d}, k = {work.k}, one thread (processor time)")
     figure.savefig(file)
+
+
+def _share(p: Point) -> float:
+    """Milliseconds of all to what the point's panel shows."""
+    return {"latents": 1.0, "batch": 1e3 / p.tokens, "configs": 1 / p.at}[p.axis]
 
 
 def _short(n: int) -> str:
