@@ -241,3 +241,54 @@ def test_rows_that_memory_cannot_hold_are_read_directly(tmp_path, monkeypatch):
     assert (chosen(), chosen(direct=True)) == (False, True)
     monkeypatch.setattr(streams, "memory_bytes", lambda: 2 * size - 2)
     assert (chosen(), chosen(direct=False)) == (True, False)
+
+
+def test_neighbouring_chunks_are_read_at_once(tmp_path, monkeypatch):
+    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, segments=(512,)).snapshot()
+    reader = snapshot.segments[0].acts("resid.2")
+    plain = [reader.read_chunk(i) for i in range(reader.n_chunks)]
+    asked = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: asked.append(a[2]) or preadv(*a))
+    n = reader.n_chunks
+    assert n > 4
+    for direct in (False, True):
+        file, buffer = reader.open(direct), scratch(n * (reader.chunk_bytes + 4))
+        asked.clear()
+        found = reader.read_run(range(1, n), buffer, file)
+        assert all(np.array_equal(a, b) for a, b in zip(found, plain[1:], strict=True))
+        assert len(asked) == 1
+    # A file may have its chunks in any order.
+    size, data = reader.chunk_bytes + 4, bytearray(reader.path.read_bytes())
+    data[:size], data[size : 2 * size] = data[size : 2 * size], data[:size]
+    reader.path.write_bytes(data)
+    reader._offsets[:2] = reader._offsets[1::-1].copy()
+    found = reader.read_run(range(n), buffer, reader.open())
+    assert all(np.array_equal(a, b) for a, b in zip(found, plain, strict=True))
+    # The damaged one is named, not the first of the run.
+    with reader.path.open("r+b") as f:
+        f.seek(3 * size)
+        f.write(b"damaged!")
+    with pytest.raises(DamagedError, match="chunk 3: checksum"):
+        reader.read_run(range(2, n), buffer, reader.open())
+
+
+def test_a_stream_reads_runs_at_once(tmp_path, monkeypatch):
+    snapshot = make_store(tmp_path / "s", segments=(2048,) * 2).snapshot()
+    calls = {}
+    for run_chunks in (1, 4):
+        stream = Stream(
+            snapshot,
+            ["resid.2"],
+            batch_tokens=64,
+            window_rows=256,
+            run_chunks=run_chunks,
+            **EVERYTHING,
+        )
+        asked = []
+        preadv = os.preadv
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", lambda *a, to=asked, do=preadv: to.append(a) or do(*a))
+            list(islice(stream, 48))
+        calls[run_chunks] = len(asked)
+    assert calls[4] < calls[1] / 2

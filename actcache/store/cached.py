@@ -109,13 +109,17 @@ class CachedShard(ShardReader):
         self._plain, self._cache, self._digest = plain, cache, digest
 
     def _fill(
-        self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None
-    ) -> NDArray[np.uint8]:
-        offset, size = self.place(chunk)
-        if not self._cache.read(self._digest, offset, buffer[:size]):
-            super()._fill(chunk, buffer, file)
-            self._cache.write(self._digest, offset, buffer[:size])
-        return buffer[:size]
+        self, chunks: range, buffer: NDArray[np.uint8], file: OpenShard | None
+    ) -> list[NDArray[np.uint8]]:
+        found = []
+        for i, chunk in enumerate(chunks):
+            offset, size = self.place(chunk)
+            block = buffer[i * size : (i + 1) * size]
+            if not self._cache.read(self._digest, offset, block):
+                super()._fill(range(chunk, chunk + 1), block, file)
+                self._cache.write(self._digest, offset, block)
+            found.append(block)
+        return found
 
     def _pread(self, offset: int, size: int, what: str) -> bytes:
         block = np.empty(size, dtype=np.uint8)

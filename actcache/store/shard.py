@@ -183,20 +183,38 @@ class ShardReader:
         `buffer` comes from `scratch(chunk_bytes)` and is overwritten. Threads may call this
         at the same time with buffers of their own. `file` saves opening it.
         """
-        block = insist(self.path, lambda: self._fill(chunk, buffer, file))
-        rows = block[: self.chunk_bytes].view(self.dtype).reshape(self.chunk_rows, self.d)
-        return rows[: self.rows_in(chunk)]
+        return self.read_run(range(chunk, chunk + 1), buffer, file)[0]
+
+    def read_run(
+        self, chunks: range, buffer: NDArray[np.uint8], file: OpenShard | None = None
+    ) -> list[NDArray[Any]]:
+        """`read_into` of neighbouring chunks: one read, if they lie side by side in the file.
+
+        `buffer` comes from `scratch(len(chunks) * (chunk_bytes + 4))`.
+        """
+        blocks = insist(self.path, lambda: self._fill(chunks, buffer, file))
+        shape = (self.chunk_rows, self.d)
+        rows = (block[: self.chunk_bytes].view(self.dtype).reshape(shape) for block in blocks)
+        return [x[: self.rows_in(c)] for c, x in zip(chunks, rows, strict=True)]
 
     def _fill(
-        self, chunk: int, buffer: NDArray[np.uint8], file: OpenShard | None
-    ) -> NDArray[np.uint8]:
-        """The part of `buffer` that has the bytes and checksum of a chunk now."""
-        what = f"{self.what}, chunk {chunk}"
-        offset, size = self.place(chunk)
-        block = self._pread_into(offset, size, buffer, what, file)
-        stored = int.from_bytes(block[self.chunk_bytes :].tobytes(), "little")
-        _compare(google_crc32c.value(block[: self.chunk_bytes]), stored, what)
-        return block
+        self, chunks: range, buffer: NDArray[np.uint8], file: OpenShard | None
+    ) -> list[NDArray[np.uint8]]:
+        """The parts of `buffer` that have the bytes and checksums of the chunks now."""
+        first, size = self.place(chunks[0])
+        what = f"{self.what}, chunk {chunks[0]}"
+        places = [self.place(c)[0] for c in chunks]
+        if places != [first + i * size for i in range(len(chunks))]:
+            parts = [buffer[i * size :] for i in range(len(chunks))]
+            each = zip(chunks, parts, strict=True)
+            return [b for c, part in each for b in self._fill(range(c, c + 1), part, None)]
+        found = self._pread_into(first, len(chunks) * size, buffer, what, file)
+        blocks = [found[i * size : (i + 1) * size] for i in range(len(chunks))]
+        for c, block in zip(chunks, blocks, strict=True):
+            stored = int.from_bytes(block[self.chunk_bytes :].tobytes(), "little")
+            crc = google_crc32c.value(block[: self.chunk_bytes])
+            _compare(crc, stored, f"{self.what}, chunk {c}")
+        return blocks
 
     def read(self) -> NDArray[Any]:
         """All rows (n_rows, d)."""

@@ -5,8 +5,9 @@ cache; its checksum is taken there, and its eligible rows are copied straight to
 places in a preallocated window. So a byte crosses main memory once on its way, as it would when
 reading without shuffling. Windows are reused as soon as no batch refers to them any more.
 
-Cost: two windows of memory, three for a moment while a batch of the last one is still held; one
-scratch chunk a thread. Threads, not processes: reading, checksums and copies release the GIL.
+Cost: two windows of memory, three for a moment while a batch of the last one is still held;
+scratch memory of a chunk, or of a run of neighbours, a thread. Threads, not processes: reading,
+checksums and copies release the GIL.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,7 +39,9 @@ _OPEN_FILES = 64  # of them kept open: processes are often allowed 1,024, on a M
 _LINE = 64  # bytes of a cache line
 _SPARE = 3  # window buffers kept for reuse
 _SHARES = 4  # pieces of a window for each rank, at least
+_RUN_BYTES = 4 << 20  # of neighbouring chunks that are read at once
 Unit = tuple[int, NDArray[np.int64]]  # segment, rows in it
+_Run = tuple[int, int, int]  # first and end of rows, chunk they are in
 
 
 @dataclass(frozen=True)
@@ -184,11 +187,15 @@ class Loader:
         for hook, part, window in targets:
             reader, file = self._reader(s, hook)[part], self._file(s, hook, part)
             there, at = self._there(s, hook, rows, to)
-            for lo, hi, chunk in _runs(there, reader.chunk_rows):
-                block = reader.read_into(chunk, self._buffer(reader.chunk_bytes), file)
-                self.bytes_read += reader.chunk_bytes
-                some = there[lo:hi] - chunk * reader.chunk_rows
-                scatter(window, at[lo:hi], block, None if len(some) == len(block) else some)
+            runs = _runs(there, reader.chunk_rows)
+            for some in _neighbours(runs, _RUN_BYTES // reader.chunk_bytes):
+                chunks = range(some[0][2], some[-1][2] + 1)
+                memory = self._buffer(len(chunks) * (reader.chunk_bytes + 4))
+                blocks = reader.read_run(chunks, memory, file)
+                self.bytes_read += len(chunks) * reader.chunk_bytes
+                for (lo, hi, chunk), block in zip(some, blocks, strict=True):
+                    chosen = there[lo:hi] - chunk * reader.chunk_rows
+                    scatter(window, at[lo:hi], block, None if hi - lo == len(block) else chosen)
 
     def _there(
         self, s: int, hook: str, rows: NDArray[np.int64], to: NDArray[np.int64]
@@ -211,7 +218,7 @@ class Loader:
         return known[1]
 
 
-def _runs(rows: NDArray[np.int64], chunk_rows: int) -> list[tuple[int, int, int]]:
+def _runs(rows: NDArray[np.int64], chunk_rows: int) -> list[_Run]:
     """(first, end, chunk) of each run of ascending `rows` that lies in one chunk."""
     first, last = int(rows[0]) // chunk_rows, int(rows[-1]) // chunk_rows
     if first == last:
@@ -220,6 +227,18 @@ def _runs(rows: NDArray[np.int64], chunk_rows: int) -> list[tuple[int, int, int]
     cuts = np.searchsorted(rows, chunks * chunk_rows).tolist()
     runs = zip(cuts[:-1], cuts[1:], chunks.tolist(), strict=False)
     return [(lo, hi, chunk) for lo, hi, chunk in runs if hi > lo]
+
+
+def _neighbours(runs: list[_Run], most: int) -> Iterator[list[_Run]]:
+    """The runs in groups of neighbouring chunks, to be read at once; `most` of them at a time."""
+    group = runs[:1]
+    for run in runs[1:]:
+        if run[2] == group[-1][2] + 1 and len(group) < most:
+            group.append(run)
+        else:
+            yield group
+            group = [run]
+    yield group
 
 
 class _Ring:
