@@ -87,7 +87,8 @@ def test_a_free_decoder_gains_nothing_by_growing() -> None:
 def test_auxk_revives_a_killed_latent(row: Row, revived: bool) -> None:  # F53
     # Fewer latents than features: the residual has something left for a dead one to explain.
     small = {"n_latents": 20} | ({"group_sizes": (16, 4)} if row is MATRYOSHKA else {})
-    sae = row.make(dead_after_tokens=1000, aux_k=8 if revived else 0, **small)
+    # A fixed length: a search on the first batch would undo the killing.
+    sae = row.make(dead_after_tokens=1000, aux_k=8 if revived else 0, init_norm=1.0, **small)
     with torch.no_grad():
         sae.W_enc[:, 5] *= 1e-3  # positive at times, never among the largest
     before = sae.W_enc[:, 5].detach().clone()
