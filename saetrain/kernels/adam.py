@@ -7,8 +7,8 @@ instead. Plain twin: torch.optim.Adam(fused=True), equal up to the rounding of t
 of a tensor, which the vectorised loop does not reach.
 
 Projection, clipping and renormalisation of the decoder are passes of their own (rows.py, optim.py).
-All of them in one pass with Adam, in pieces that stay in cache, took 0.85 to 0.89 of the time, which
-is 6 % of a step: below 1 % of it, for an optimizer that would be Adam only (docs/LOG.md).
+All of them in one pass with Adam, in pieces that stay in cache, took 0.85 to 0.89 of their time,
+which is 6 % of a step: below 1 % of it, for an optimizer that would be Adam only (docs/LOG.md).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ loss = reconstruction + penalty(f) + auxk_alpha · auxk
 Which SAE of the literature it is follows from its parts; conf/sae has a file for each: vanilla and
 relu (relu with l1), topk, batchtopk, jumprelu (with l0). An L1 trades reconstruction for sparsity
 and shrinks latents; TopK-like activations set L0 instead, at the price of dead latents, which AuxK
-revives by letting the dead ones explain what the living left over. Cost of a step: one full product
-and a selection, the rest is proportional to L0. Dense codes cost the full 10BDF operations: those of
-relu and jumprelu while more than one latent in 16 fires, and on GPUs, where batchtopk is dense, too.
+revives by letting the dead ones explain what the living left over. Cost of a step: one full
+product and a selection, the rest is proportional to L0. Dense codes cost the full 10BDF operations:
+those of relu and jumprelu while more than one latent in 16 fires; on GPUs these and batchtopk.
 
 Shapes: B tokens, D width, F latents.
 """
