@@ -4,8 +4,9 @@ Rows of the demo store (or --store) are taken once, in the order of our stream, 
 length of √d, and kept as two arrays: training and held-out documents. Each library trains each
 architecture on them with its own trainer and defaults, at equal width, batch and number of rows.
 The learning rate is chosen per architecture and library from the same three, by held-out FVE: 600
-steps are far fewer than any default is made for. Where k sets L0, k is given; where a penalty
-does, its coefficient is searched until the held-out L0 is within 10 % of k.
+steps are far fewer than peers' defaults are made for. Where k sets L0, k is given, and our default
+rate (of this number of steps) is tried, too; where a penalty does, its coefficient is searched
+until the held-out L0 is within 10 % of k.
 
 FVE is 1 - Σ|x - x̂|² / Σ|x - mean|² over all held-out rows, computed alike for all.
 
@@ -123,8 +124,8 @@ class Comparison:
         # The same nested widths for both: Fibonacci-like shares are nobody's default.
         self.widths = [scale.n_latents // 8, scale.n_latents // 4, scale.n_latents]
 
-    def ours(self, arch: str, number: float, lr: float) -> Score:
-        """One of our presets."""
+    def ours(self, arch: str, number: float, lr: float | None) -> Score:
+        """One of our presets; lr None is its default."""
         sae: dict[str, Any] = {"name": arch, "n_latents": self.scale.n_latents}
         sae["dead_after_tokens"] = self.scale.rows // 10
         if arch in BY_K:
@@ -155,7 +156,7 @@ class Comparison:
             )
             return self._score(load_sae(result.run_dir / "sae"), lr, number)
 
-    def _score(self, sae: Any, lr: float, number: float) -> Score:
+    def _score(self, sae: Any, lr: float | None, number: float) -> Score:
         lost, fired = 0.0, 0.0
         alive = torch.zeros(self.scale.n_latents, dtype=torch.bool)
         with torch.no_grad():
@@ -206,10 +207,16 @@ class Comparison:
 
     # -- the best of each -------------------------------------------------------------------------
 
-    def best(self, arch: str, run: Callable[[float, float], Score], start: float) -> Score:
-        """The largest FVE over learning rates, at L0 = k."""
+    def best(
+        self,
+        arch: str,
+        run: Callable[[float, Any], Score],
+        start: float,
+        rates: Sequence[float | None] = RATES,
+    ) -> Score:
+        """The largest FVE over learning rates, at L0 = k; `rates` where k is given."""
         if arch in BY_K:
-            return max((run(self.scale.k, lr) for lr in RATES), key=lambda s: s.fve)
+            return max((run(self.scale.k, lr) for lr in rates), key=lambda s: s.fve)
         tried = [self._at_k(partial(_swapped, run, lr), start) for lr in RATES[1:]]
         return max(tried, key=lambda s: (self._near(s), s.fve))
 
@@ -269,7 +276,8 @@ def compare(it: Comparison, say: Callable[[str], None]) -> dict[str, dict[str, S
 
     starts = dict.fromkeys(BY_K, (0.0, 0.0)) | BY_PENALTY
     for arch, (start, _) in starts.items():
-        keep("ours", arch, it.best(arch, partial(it.ours, arch), start))
+        best = it.best(arch, partial(it.ours, arch), start, (None, *RATES))
+        keep("ours", arch, best)
     absent = why_absent("sae-lens") or why_absent("eai-sparsify")
     if absent:
         say(f"SAELens and sparsify left out: {absent}")
