@@ -212,6 +212,7 @@ class Optimizer:
                 self._ema[name] = state.pop("ema")
             if state:  # none for a parameter that never had a gradient
                 if self.settings.name == "adam8bit":
+                    state = {k: v.contiguous() for k, v in state.items()}  # it is read flat
                     state["step"] = int(state["step"])
                 self._part_of(p).state[p] = state
         for full, group, key in self._numbers():

@@ -138,7 +138,27 @@ def _adam8bit(groups: list[Group], s: OptimSettings) -> Parts:
     except ImportError:
         raise _missing("adam8bit", "bitsandbytes", "adam") from None
     made: Any = bitsandbytes.optim
-    return [made.Adam8bit(groups, betas=s.betas, eps=s.eps)]
+    adam: torch.optim.Optimizer = made.Adam8bit(groups, betas=s.betas, eps=s.eps)
+    keep_strides(adam)
+    return [adam]
+
+
+def keep_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Have parameters lie as before after each step: bitsandbytes makes them row-major, which costs
+    encoders the fast product, and sums of gradients their order after a resume."""
+    before: dict[Tensor, tuple[int, ...]] = {}
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        before.update((p, p.stride()) for g in optimizer.param_groups for p in g["params"])
+
+    def restore(*_: Any) -> None:
+        for p, strides in before.items():
+            if p.stride() != strides:
+                as_before = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device)
+                p.data = as_before.copy_(p.data)
+
+    optimizer.register_step_pre_hook(note)
+    optimizer.register_step_post_hook(restore)
 
 
 def _split(

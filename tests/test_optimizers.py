@@ -150,6 +150,18 @@ def test_adam_in_8_bits_is_adam_to_the_error_of_8_bits() -> None:
     assert 0 < off < 0.1 * np.linalg.norm(exact["W"] - start["W"])
 
 
+def test_adam8bit_leaves_encoders_one_latent_after_the_other() -> None:  # F18
+    pytest.importorskip("bitsandbytes")
+    module = nn.Module()
+    module.W_enc = nn.Parameter(torch.randn(96, 64).T)  # (D, F)
+    optim = Optimizer(module, settings("adam8bit"), 96)
+    start = module.W_enc.detach().clone()
+    module.W_enc.grad = torch.randn(96, 64).T
+    optim.step(1.0)
+    assert module.W_enc.stride() == (1, 64)
+    assert (module.W_enc != start).all()
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_state_goes_through_tensors(name: str) -> None:
     """Six steps at once, and three, saved, loaded into a new optimizer, and three."""
