@@ -2,7 +2,8 @@
 
 Jobs of a group evaluate on the same held-out rows, one after the other, and each does so twice (the
 SAE, the PCA beside it). Several streams draw on one purse of bytes; what exceeds it is read anew by
-every pass. An error ends the pass and is met again by the next one: nothing is cut short.
+every pass. An error ends the pass and is met again by the next one: nothing is cut short. Only a
+stream that is kept whole (`keep_all`) may be passed over by several threads at once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Kept:
         self._known: list[Batch] = []
         self._rest: Iterator[Batch] | None = None  # None: not begun
         self._full = False  # it does not fit
+        self._whole = False  # all of it is known
 
     @property
     def n_rows(self) -> int | None:
@@ -56,7 +58,7 @@ class Kept:
         """As the stream's own; only as far as it is asked for is read."""
         at = 0
         while not self._full:
-            if at == len(self._known) and not self._read():
+            if at == len(self._known) and (self._whole or not self._read()):
                 if self._full:
                     break
                 return
@@ -66,10 +68,18 @@ class Kept:
             if i >= at:
                 yield batch
 
+    def keep_all(self, row_bytes: int) -> bool:
+        """Read all of it, rows of `row_bytes`, if it is certain to fit; whether it is all kept."""
+        n = self.n_rows
+        room = self._purse.left + sum(map(_bytes, self._known))
+        while n is not None and n * row_bytes <= room and not (self._whole or self._full):
+            self._read()
+        return self._whole
+
     def forget(self) -> None:
         """Give the memory back."""
         self._purse.left += sum(map(_bytes, self._known))
-        self._known, self._rest = [], None
+        self._known, self._rest, self._whole = [], None, False
 
     def _read(self) -> bool:
         """Keep another batch. False at the end, or if there is no room for it."""
@@ -81,6 +91,7 @@ class Kept:
             self.forget()
             raise
         if batch is None:
+            self._whole = True
             return False
         if _bytes(batch) > self._purse.left:
             self._full = True

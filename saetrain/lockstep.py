@@ -33,6 +33,7 @@ from actcache.store.errors import ActcacheError
 from saetrain import checkpoint as ckpt
 from saetrain import runs
 from saetrain.errors import SaetrainError, TrainingError
+from saetrain.evals.run import fit_baseline
 from saetrain.hopeless import HopelessRun
 from saetrain.interrupt import Interrupted, stop_flag
 from saetrain.kept import Kept
@@ -68,6 +69,7 @@ class Job:
         self.place: dict[str, Any] = self.source.start  # of the stream, at the job's step
         self.first = 0  # steps done before this call
         self.took = 0.0  # seconds of the last step
+        self.metrics: dict[str, Any] | None = None  # of the evaluation at the end
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -84,10 +86,19 @@ class Job:
         if trainer.step:
             self.place = self.source.train.state_dict()
 
+    def fit_baseline(self) -> None:
+        """What `measure` would do with the training stream."""
+        trainer = self.alive()[0]
+        fit_baseline(self.source, self.settings.eval, trainer.device)
+
+    def measure(self) -> None:
+        """Save and evaluate, without a bar; in any thread."""
+        self.metrics = self.alive()[0].finish(self.record, progress=False)
+
     def finish(self) -> None:
-        """Save, evaluate, report, and let go of the memory."""
+        """Save and evaluate unless that is done, report, and let go of the memory."""
         trainer, logger = self.alive()
-        metrics = complete(trainer, self.record, logger)
+        metrics = complete(trainer, self.record, logger, self.metrics)
         self.result = TrainResult(
             run_dir=self.settings.run_dir,
             metrics=metrics,
@@ -163,7 +174,7 @@ class Lockstep:
                 except (SaetrainError, ActcacheError) as e:  # of the stream: no job can go on
                     for job in self.living():
                         job.drop(str(e))
-            self._finish()
+                self._finish()
         finally:
             for job in self.jobs:
                 job.close()
@@ -183,15 +194,36 @@ class Lockstep:
         return workers
 
     def _finish(self) -> None:
-        """Evaluate job after job, those with the same held-out rows one after the other."""
+        """Evaluate all jobs, those with the same held-out rows one after the other or at once."""
         by_source: dict[int, list[Job]] = {}
         for job in self.living():
             by_source.setdefault(id(job.source), []).append(job)
         for jobs in by_source.values():
+            self._measure(jobs)
             for job in jobs:
-                self._attempt(job, job.finish)
+                if job.trainer is not None:
+                    self._attempt(job, job.finish)
             if isinstance(held_out := jobs[0].source.held_out, Kept):
                 held_out.forget()
+
+    def _measure(self, jobs: Sequence[Job]) -> None:
+        """Evaluate jobs of one source at once, where that draws no numbers and rows are kept."""
+        source, beside = (
+            jobs[0].source,
+            [j for j in jobs if j.beside and not j.settings.eval.metrics],
+        )
+        if self.workers.n == 1 or len(beside) < 2 or not isinstance(source.held_out, Kept):
+            return
+        try:
+            row_bytes = 4 * sum(space.d for space in source.spaces().values())
+            if not source.held_out.keep_all(row_bytes):
+                return
+        except (SaetrainError, ActcacheError):  # met again by every job, as its own
+            return
+        for job in beside:
+            self._attempt(job, job.fit_baseline)
+        say(f"evaluating {len(beside)} runs, {self.workers.n} at once")
+        self._at_once([j for j in beside if j.trainer], Job.measure)
 
     def living(self) -> list[Job]:
         """Jobs that have neither ended nor failed."""

@@ -106,10 +106,12 @@ def running(trainer: Trainer, record: Mapping[str, Any], *, bar: bool = True) ->
             yield logger
 
 
-def complete(trainer: Trainer, record: Mapping[str, Any], logger: Logger) -> dict[str, Any]:
-    """After the last step: save, evaluate, report. The content of eval.json."""
+def complete(
+    trainer: Trainer, record: Mapping[str, Any], logger: Logger, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """After the last step: finish, report. The content of eval.json, `known` if that is done."""
     settings = trainer.settings
-    metrics = trainer.finish(record)
+    metrics = known or trainer.finish(record, progress=settings.progress)
     logger.final(evals.scalars(metrics))
     runs.write_json(settings.run_dir / runs.RUN, {**record, "status": "finished"})
     if settings.report:
@@ -341,22 +343,20 @@ class Trainer:
                 "latent will count as dead during training"
             )
 
-    def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, record: Mapping[str, Any], *, progress: bool) -> dict[str, Any]:
         """Save the inference SAE, evaluate it on held-out documents, write eval.json.
 
         With averaged weights it is the average that is saved and evaluated.
         """
         with self.optim.averaged(self.sae.after_step):
-            return self._finish(record)
+            return self._finish(record, progress)
 
-    def _finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        run_dir = self.settings.run_dir
+    def _finish(self, record: Mapping[str, Any], progress: bool) -> dict[str, Any]:
+        run_dir, cfg = self.settings.run_dir, self.settings.eval
         self.sae.calibrate(batch.inputs for batch in self.source.held_out.one_pass())
         sae = self.sae.to_inference()
         sae.save(run_dir / evals.SAE_FOLDER, source=record)
-        metrics = evals.evaluate_with_baseline(
-            sae, self.source, self.settings.eval, progress=self.settings.progress
-        )
+        metrics = evals.evaluate_with_baseline(sae, self.source, cfg, progress=progress)
         metrics["train_tokens"] = self.step * self.settings.batch_tokens
         metrics |= {"steps": self.step, "seconds": self.seconds}
         runs.write_json(run_dir / evals.EVAL, metrics)

@@ -13,11 +13,15 @@ import torch
 from test_sweep import KINDS, SAE, alone, equal_to_single, interrupt_at, store  # noqa: F401
 from training import rows, same, settings, weights
 
+from actcache.store.errors import DamagedError
 from saetrain import plan, train
 from saetrain.errors import ConfigError
+from saetrain.evals import pca
 from saetrain.interrupt import Interrupted
+from saetrain.kept import Kept, Purse
 from saetrain.saes import make_sae
 from saetrain.settings import TrainSettings
+from saetrain.stream import Stream
 from saetrain.sweep import Opener, train_together
 from saetrain.trainer import Trainer
 from saetrain.workers import MOST, Workers, how_many
@@ -55,7 +59,9 @@ def test_saes_that_step_at_once_equal_their_single_runs(
         equal_to_single(outcome.settings.run_dir, alone)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
-    assert "3 of 6 runs step at once" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "3 of 6 runs step at once" in told
+    assert "evaluating 4 runs, 3 at once" in told
     mine = beside.pop(threading.get_ident())
     assert {n.split("-")[0] for n in mine} == {"matryoshka", "relu"}  # these draw random numbers
     assert len(beside) == 3
@@ -129,6 +135,72 @@ def test_stacked_encoders_beside_each_other(store: Path, alone, tmp_path: Path) 
         assert mine[-1]["loss"] == pytest.approx(theirs[-1]["loss"], rel=1e-3)
         a, b = weights(outcome.settings.run_dir), weights(single)
         assert all(torch.allclose(a[n], b[n], atol=1e-3, rtol=1e-3) for n in a)
+
+
+def test_evaluations_at_once_read_held_out_rows_and_fit_the_pca_once(
+    store: Path, tmp_path: Path, monkeypatch
+) -> None:
+    fitted, threads, read = [], set[int](), []
+    fit, measure, one_pass = pca.fit, Trainer.finish, Stream.one_pass
+
+    def counted(*args):
+        fitted.append(threading.current_thread() is threading.main_thread())
+        return fit(*args)
+
+    def finish(self, record, *, progress):
+        threads.add(threading.get_ident())
+        time.sleep(0.05)
+        return measure(self, record, progress=progress)
+
+    def passes(self):
+        read.append(1)
+        return one_pass(self)
+
+    monkeypatch.setattr(pca, "fit", counted)
+    monkeypatch.setattr(Trainer, "finish", finish)
+    monkeypatch.setattr(Stream, "one_pass", passes)
+    outcomes = train_together(made(store, tmp_path, 2, ("topk", "wide", "bf16")))
+    assert [o.result.metrics["pca"]["rank"] for o in outcomes] == [4, 6, 3]
+    assert fitted == [True]
+    assert len(threads) == 2
+    assert len(read) == 1
+
+
+def test_rows_that_are_kept_whole_serve_several_threads(store: Path, tmp_path: Path) -> None:
+    stream = Opener().open(settings(store, tmp_path)).source.train
+    plain = [b.acts["resid.2"] for b in stream.one_pass()]
+    size = sum(4 * x.numel() for x in plain)
+    row_bytes = size // stream.n_rows
+    purse = Purse(size)
+    kept = Kept(stream, purse)
+    assert kept.keep_all(row_bytes)
+    assert purse.left == 0
+    assert kept.keep_all(row_bytes)  # what it has counts as room
+    with Workers(3) as workers:
+        found: list[int] = []
+
+        def check() -> None:
+            got = [b.acts["resid.2"] for b in kept.one_pass()]
+            assert len(got) == len(plain)
+            assert all(map(torch.equal, got, plain))
+            found.append(len(got))
+
+        assert workers.each([check] * 9) == [None] * 9
+    assert found == [len(plain)] * 9
+    kept.forget()
+    assert purse.left == size
+    small = Kept(stream, Purse(size - 1))
+    assert not small.keep_all(row_bytes)
+    assert small._known == []  # nothing was read for it
+
+
+def test_a_store_whose_held_out_rows_are_damaged(store: Path, tmp_path: Path, monkeypatch) -> None:
+    def broken(self):
+        raise DamagedError("held-out rows are damaged")
+
+    monkeypatch.setattr(Stream, "one_pass", broken)
+    outcomes = train_together(made(store, tmp_path, 2, ("topk", "bf16")))
+    assert [o.reason for o in outcomes] == ["held-out rows are damaged"] * 2
 
 
 # -- random numbers ------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def evaluate_with_baseline(
     """
     result = evaluate_sae(sae, source, settings, progress=progress)
     result["pca"] = None
-    if settings.pca_tokens and source.hooks_out == (source.hook_in,) == source.hooks_in:
+    if _has_baseline(source, settings):
         rank = round(result["l0"])
         key = ("pca", source.hook_in, settings.pca_tokens, settings.tokens, rank)
         if key not in source.memo:
@@ -73,10 +73,32 @@ def evaluate_with_baseline(
     return result
 
 
+def fit_baseline(
+    source: Source, settings: EvalSettings, device: torch.device, *, progress: bool = False
+) -> None:
+    """Fit the PCA now, so that evaluations in several threads do not read the training stream."""
+    if _has_baseline(source, settings):
+        _directions(source, settings, device, progress)
+
+
+def _has_baseline(source: Source, settings: EvalSettings) -> bool:
+    one = source.hooks_out == (source.hook_in,) == source.hooks_in
+    return one and settings.pca_tokens > 0
+
+
 def _baseline(
     source: Source, settings: EvalSettings, rank: int, device: torch.device, progress: bool
 ) -> dict[str, Any]:
     """Scores of the PCA of `rank`; directions are fitted once for all ranks."""
+    directions = _directions(source, settings, device, progress)
+    held_out = _held_out(source, settings, "evaluate PCA", progress)
+    return pca.evaluate(directions.of_rank(rank), held_out, source.hook_in, settings.tokens)
+
+
+def _directions(
+    source: Source, settings: EvalSettings, device: torch.device, progress: bool
+) -> pca.PCA:
+    """All directions, leading first."""
     hook, limit = source.hook_in, settings.pca_tokens
     if (key := ("directions", hook, limit)) not in source.memo:
         reference = source.train.space(hook).mean.to(device)
@@ -86,8 +108,8 @@ def _baseline(
         epoch = first if steps is None else islice(source.train, steps)
         rows = watched(epoch, "fit PCA", limit if known is None else min(limit, known), progress)
         source.memo[key] = pca.fit(rows, hook, len(reference), limit, reference)
-    held_out = _held_out(source, settings, "evaluate PCA", progress)
-    return pca.evaluate(source.memo[key].of_rank(rank), held_out, hook, settings.tokens)
+    found: pca.PCA = source.memo[key]
+    return found
 
 
 def _held_out(source: Source, settings: EvalSettings, what: str, progress: bool) -> Iterator[Batch]:
