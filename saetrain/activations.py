@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -318,6 +318,15 @@ class JumpReLU(Activation):
     @torch.no_grad()
     def project(self) -> None:
         self.threshold.clamp_(min=0)
+
+
+def fired(activation: Activation, pre: SparseCodes) -> tuple[SparseCodes, Tensor]:
+    """Codes of pre-activations above the floor; and these without the padding, (N,)."""
+    assert pre.used is not None
+    h_N, indices_N = pre.values.masked_select(pre.used), pre.indices.masked_select(pre.used)
+    values_N = activation.at(h_N, indices_N)
+    values = torch.zeros_like(pre.values).masked_scatter(pre.used, values_N)
+    return replace(pre, values=values), h_N
 
 
 class Calibrator:

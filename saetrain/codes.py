@@ -179,8 +179,8 @@ def select_above(
 ) -> tuple[SparseCodes, SparseCodes | None] | None:
     """The pre-activations above `floor_F` as codes, with gradients to W_enc and b_enc, and AuxK's.
 
-    Unused slots hold a very negative number. None where so many are above that dense codes are
-    cheaper. For the CPU, and not for inputs that ask for a gradient.
+    Values of 0 and less are values, too: `used` says which slots are some. None where so many are
+    above that dense codes are cheaper. For the CPU, and not for inputs that ask for a gradient.
     """
     k_aux = 0 if dead_F is None else k_aux
     found = encode_above(x_BD, W_enc_DF, b_enc_F, floor_F, dead_F, k_aux, _autocast(x_BD))

@@ -28,6 +28,7 @@ from saetrain.activations import (
     GroupMax,
     ReLU,
     TopK,
+    fired,
     make_activation,
 )
 from saetrain.codes import (
@@ -108,7 +109,7 @@ class Picked:
     """What the encoder made of one batch."""
 
     codes: Codes
-    pre: Tensor | None  # (B, F) pre-activations where something needs them; of sparse codes (B, K)
+    pre: Tensor | None  # (B, F) where something needs them; (N,) of the used slots of sparse codes
     aux: SparseCodes | None = None  # dead latents only
     dead: Tensor | None = None  # (F,) bool, what `aux` was chosen from
 
@@ -257,10 +258,8 @@ class Dictionary(SAE):
         found = select_above(x_BD, W_enc_DF, bias_F, floor_F, dead_F, self.aux_k)
         if found is None:
             return None
-        pre, aux = found
-        values = self.activation.at(pre.values, pre.indices)
-        codes = SparseCodes(values, pre.indices, self.n_latents, pre.used)
-        return Picked(codes, pre.values, aux, dead_F)
+        codes, pre_N = fired(self.activation, found[0])
+        return Picked(codes, pre_N, found[1], dead_F)
 
     def pick_dead(self, h_BF: Tensor) -> tuple[SparseCodes | None, Tensor | None]:
         """The `aux_k` largest positive dead latents of dense pre-activations, and who is dead."""

@@ -145,8 +145,8 @@ class Penalty(nn.Module, ABC):
     def forward(
         self, codes: Codes, pre: Tensor | None, norms_F: Tensor | None, progress: Progress
     ) -> Tensor:
-        """Codes of N tokens, their pre-activations where they were made, (..., F), or (..., K) of
-        sparse codes; norms n or None for 1."""
+        """Codes, their pre-activations where they were made, (..., F), or those of the used slots
+        of sparse codes; norms n or None for 1."""
         return self.coefficient(progress) * self.size(codes, pre, norms_F, progress)
 
     @abstractmethod
@@ -198,8 +198,10 @@ class L0(Penalty):
     ) -> Tensor:
         if pre is None:
             raise ValueError("l0 needs pre-activations")
-        indices = codes.indices if isinstance(codes, SparseCodes) else None
-        mean, target = self.count(pre, indices).mean(), self.cfg.target
+        indices, n_tokens = None, pre.shape[:-1].numel()
+        if isinstance(codes, SparseCodes):
+            indices, n_tokens = codes.indices[codes.used], codes.indices.shape[:-1].numel()
+        mean, target = self.count(pre, indices).sum() / n_tokens, self.cfg.target
         return mean if target is None else (mean / float(target) - 1).square()
 
 

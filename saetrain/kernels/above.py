@@ -43,7 +43,7 @@ def encode_above(
     """((h, indices), used, AuxK's (values, indices)), or None where dense codes are cheaper.
 
     h (B, K) are all pre-activations above `floor_F`, differentiable in W and b; `used` (B, K) says
-    which slots are some, others hold a very negative number at latent 0. CPU only.
+    which slots are some, others hold 0 at latent 0. CPU only.
     """
     finder = _Finder(x_BD, W_DF.detach(), b_F.detach(), floor_F.detach(), bf16)
     finder.dead_F, finder.k_aux = dead_F, k_aux if dead_F is not None else 0
@@ -68,15 +68,13 @@ def above(h_BF: Tensor, floor_F: Tensor) -> Tensor:
     return places[eights[some]]
 
 
-def pad(
-    values: Tensor, latents: Tensor, counts_B: Tensor, fill: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def pad(values: Tensor, latents: Tensor, counts_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A ragged list by token as values, indices and used, (B, K), K the most of any, at least 1."""
     n_tokens, n = len(counts_B), len(values)
     token = torch.arange(n_tokens).repeat_interleave(counts_B)
     place = torch.arange(n) - (counts_B.cumsum(0) - counts_B)[token]
     shape = n_tokens, max(1, int(counts_B.max()))
-    wide, indices = values.new_full(shape, fill), latents.new_zeros(shape)
+    wide, indices = values.new_zeros(shape), latents.new_zeros(shape)
     wide[token, place] = values
     indices[token, place] = latents
     return wide, indices, torch.arange(shape[1]) < counts_B[:, None]
@@ -136,8 +134,7 @@ class _Finder:
     def padded(self) -> tuple[list[Tensor], Tensor]:
         """What `encode_with` wants, and which slots are used."""
         values, latents, counts = (torch.cat(t) for t in (self.values, self.latents, self.counts))
-        low = torch.finfo(values.dtype).min
-        h_BK, indices_BK, used_BK = pad(values, latents, counts, low)
+        h_BK, indices_BK, used_BK = pad(values, latents, counts)
         if not self.k_aux:
             return [h_BK, indices_BK, h_BK[:, :0], indices_BK[:, :0]], used_BK
         aux, aux_indices = (torch.cat(t) for t in zip(*self.aux, strict=True))

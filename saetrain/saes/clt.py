@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from actcache.store.hooknames import parse_alias
 from saetrain import init
-from saetrain.activations import BatchTopK, GroupMax, TopK
+from saetrain.activations import BatchTopK, GroupMax, TopK, fired
 from saetrain.codes import (
     Codes,
     SparseCodes,
@@ -263,9 +263,8 @@ class Clt(Linked):
                 return None
             picked.append(found)
         joined = _joined(picked, dead)
-        pre = cast(SparseCodes, joined.codes)
-        values = self.activation.at(pre.values, pre.indices)
-        return replace(joined, codes=replace(pre, values=values), pre=pre.values)
+        codes, pre_N = fired(self.activation, cast(SparseCodes, joined.codes))
+        return replace(joined, codes=codes, pre=pre_N)
 
     def _pick_batchtopk(self, x_BD: Tensor, w: CltWeights, keep: int) -> Picked:
         """`select_batchtopk_of` all layers."""
@@ -328,8 +327,7 @@ def _side_by_side(layers: Sequence[SparseCodes]) -> SparseCodes:
     values, indices, used = [], [], []
     for i, codes in enumerate(layers):
         more = (0, width - codes.indices.shape[-1])
-        low = torch.finfo(codes.values.dtype).min if more[1] else 0.0
-        values.append(nn.functional.pad(codes.values, more, value=low))
+        values.append(nn.functional.pad(codes.values, more))
         indices.append(nn.functional.pad(codes.indices, more) + i * size)
         if codes.used is not None:
             used.append(nn.functional.pad(codes.used, more))
