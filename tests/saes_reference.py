@@ -133,9 +133,11 @@ def gated_reference(
 
 
 def matryoshka_reference(sizes: list[int], k: float, aux_k: int) -> Callable[..., Terms]:
-    """Every prefix decoded from scratch."""
+    """Every prefix decoded from scratch; free rows, so latents count f ||w||."""
 
     def terms(w: dict[str, Tensor], x: Tensor, dead: Tensor, kind: str, variance: float) -> Terms:
+        n = (w["W_dec"] ** 2).sum(1).sqrt()
+        w = w | {"W_dec": w["W_dec"] / n[:, None], "W_enc": w["W_enc"] * n, "b_enc": w["b_enc"] * n}
         h = pre_activations(w, x)
         f, levels = batchtopk_oracle(h, k), []
         for g in range(1, len(sizes) + 1):
