@@ -23,6 +23,7 @@ from saetrain.kernels.above import encode_above
 from saetrain.kernels.batchtopk import encode_batchtopk, encode_batchtopk_of
 from saetrain.kernels.decode import decode
 from saetrain.kernels.encode import encode_topk
+from saetrain.kernels.latents import may_count
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,8 @@ def _autocast(x: Tensor) -> bool:
 
 
 def ragged_pays(x: Tensor) -> bool:
-    """Whether lists whose length is data may be made of x: not on a GPU, not while torch traces."""
-    return x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling()
+    """Whether lists whose length is data may be made of x, which must ask for no gradient."""
+    return may_count(x) and not x.requires_grad
 
 
 def prefer_dense(k: int, n_latents: int) -> bool:

@@ -185,6 +185,22 @@ def test_the_form_is_chosen_by_what_fires_in_this_batch() -> None:
     assert 0 < (codes.values > 0).sum() < 200 * 48 / 16
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about torch, while it traces
+def test_traced_losses_are_dense_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile cannot trace lists whose length is data; "eager" needs no C++ compiler."""
+    monkeypatch.setattr(kernel, "DENSE", 2.0)
+    sae, x = a_jumprelu(), {HOOK: X[:64].double()}
+    want, codes = step(sae, x)
+    assert isinstance(codes, SparseCodes)
+    sae.zero_grad()
+    torch._dynamo.reset()
+    losses = torch.compile(sae.losses, backend="eager")(x, END)
+    assert isinstance(losses.codes, Tensor)
+    losses.total.backward()
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(p.grad, want[name])
+
+
 def test_bf16_misses_few_and_computes_the_rest_exactly() -> None:
     torch.manual_seed(7)
     x_BD, b_F = torch.randn(512, 64), 0.1 * torch.randn(4096)

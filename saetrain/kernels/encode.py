@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels.gemm import product
-from saetrain.kernels.latents import dot_rows, sum_by_latent
+from saetrain.kernels.latents import dot_rows, may_count, sum_by_latent
 from saetrain.kernels.topk import exact_topk
 
 CACHED = 1 << 21  # pre-activations of one piece: 8 MB in float32
@@ -140,10 +140,10 @@ class _Encode(torch.autograd.Function):
 def many(weights_BK: Tensor, n_latents: int) -> bool:
     """Whether a matrix product beats gathering rows: from one latent in 16 on (measured).
 
-    On the CPU slots of weight 0 do not count; elsewhere counting would have to be waited for.
+    Slots of weight 0 do not count, where they may be counted.
     """
     n, k = weights_BK.shape
-    used = int(weights_BK.count_nonzero()) if weights_BK.device.type == "cpu" else n * k
+    used = int(weights_BK.count_nonzero()) if may_count(weights_BK) else n * k
     return 16 * used >= n * n_latents
 
 

@@ -61,7 +61,7 @@ def sum_by_latent(
     `SparseCodes(weights, indices, F).dense().T @ x`.
     """
     weights, latents, used = weights_BK.reshape(-1), indices_BK.reshape(-1), None
-    if x_BD.device.type == "cpu":  # elsewhere their number would have to be waited for
+    if may_count(x_BD):
         used = weights.nonzero().squeeze(1)
         weights, latents = weights[used], latents[used]
     # Half as wide indices sort twice as fast; stable, so the order of summation is fixed.
@@ -81,6 +81,11 @@ def sum_by_latent(
         here = slice(begin, end)
         out_FD[rows] = _bags(x_BD, tokens[here], weights[here], starts[rows] - begin)
     return out_FD
+
+
+def may_count(x: Tensor) -> bool:
+    """Whether sizes may depend on data: a GPU would have to be waited for, tracing would stop."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _bags(x_BD: Tensor, tokens: Tensor, weights: Tensor, starts: Tensor) -> Tensor:

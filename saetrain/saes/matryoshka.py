@@ -29,6 +29,7 @@ from saetrain.codes import Codes, SparseCodes, decode_codes
 from saetrain.dictionary import Dictionary, DictionaryConfig, Weights
 from saetrain.errors import ConfigError
 from saetrain.fold import fold
+from saetrain.kernels.latents import may_count
 from saetrain.progress import Progress
 from saetrain.saes.base import HookSpace, Losses, register
 
@@ -133,8 +134,8 @@ def part(codes: Codes, start: int, stop: int) -> Codes:
         return codes[..., start:stop]
     inside = (codes.indices >= start) & (codes.indices < stop)
     indices = (codes.indices - start).clamp(0, stop - start - 1)
-    used = None  # others than the CPU would have to wait for the number of them
-    if inside.device.type == "cpu" and not torch.compiler.is_compiling():
+    used = None
+    if may_count(inside):
         used = inside if codes.used is None else inside & codes.used
     return SparseCodes(codes.values * inside, indices, stop - start, used)
 
