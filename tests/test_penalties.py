@@ -163,7 +163,8 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 TOPOLOGIES: dict[str, dict[str, Any]] = {
     "sae": {},
     "gated": {"auxk_alpha": 0},
-    "matryoshka": {"group_sizes": [8, 24]},
+    # Rows of length 0.1, the preset's, would start far below jumprelu's threshold.
+    "matryoshka": {"group_sizes": [8, 24], "init_norm": 1.0},
 }
 
 
