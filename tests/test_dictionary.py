@@ -323,7 +323,7 @@ def test_random_prefixes_follow_their_distribution_and_end_with_all() -> None:  
 
 def test_sparse_and_dense_codes_nest_alike() -> None:
     """Topk in groups: gradients of the sparse path equal dense autograd."""
-    values = MATRYOSHKA.config(activation={"name": "topk"}, aux_k=0)
+    values = MATRYOSHKA.config(activation={"name": "topk"}, aux_k=0, decoder_norm="unit")
     torch.manual_seed(0)
     sae = shake(make_sae(values, SPACES).double())
     w, x = weights(sae), X[:24].double()
