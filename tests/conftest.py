@@ -6,7 +6,7 @@ Shapes of the tiny host: 3 layers, d = 32, 4 heads, contexts up to 128, about 40
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Before torch, transformers and wandb are imported, here and in the subprocesses of tests.
@@ -48,6 +48,13 @@ def tiny_texts(n: int = 24) -> list[str]:
         ]
         texts.append(f"{i}. " + " ".join(sentences) + ("\n\tdone\n" if i % 4 == 0 else ""))
     return texts
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Whatever a test did: OpenMP's team does not survive a fork, and other tests fork."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -57,6 +57,8 @@ def _fork(job: Callable[[int], Any], rank: int, size: int, port: int, folder: Pa
         return child
     code = 70
     try:
+        # A handler in Python, such as pytest-timeout's, never runs while C code hangs.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(LIMIT)
         _become(rank, size, port, folder)
         code = _do(job, rank, folder)

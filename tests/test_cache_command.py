@@ -109,14 +109,22 @@ def test_progress_bar_shows_rate_and_time_left(asked):  # F126
     assert "tok/s" in done.stderr
 
 
-def test_ctrl_c_on_the_command(asked):
+def test_ctrl_c_on_the_command(asked, tmp_path):
     """A real SIGINT while it runs: exit status 130 and a store that continues."""
     settings = asked()
-    slow = "import time, actcache.segments as s; b = s.SegmentBuilder.build\n"
-    slow += "s.SegmentBuilder.build = lambda *a: (time.sleep(1.5), b(*a))[1]\n"
-    slow += "from actcache.cli import main; main()"
+    go_on = tmp_path / "go on"
+    waiting = (  # every segment but the first waits until the signal was sent
+        "import itertools, pathlib, sys, time, actcache.segments as s\n"
+        "b, n, f = s.SegmentBuilder.build, itertools.count(), pathlib.Path(sys.argv.pop(1))\n"
+        "def build(*a):\n"
+        "    first = next(n) == 0\n"
+        "    while not (first or f.exists()): time.sleep(0.01)\n"
+        "    return b(*a)\n"
+        "s.SegmentBuilder.build = build\n"
+        "from actcache.cli import main; main()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, *overrides(settings)],
+        [sys.executable, "-c", waiting, str(go_on), *overrides(settings)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,6 +134,7 @@ def test_ctrl_c_on_the_command(asked):
     while time.monotonic() < deadline and not list(commits.glob("u*.json")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
+    go_on.touch()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "the same command continues" in out
