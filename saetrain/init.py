@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from saetrain.kernels.rows import project_rows_, renormalise_rows_
+from saetrain.sums import total
 
 
 def random_rows(n_latents: int, width: int, norm: float = 1.0) -> Tensor:
@@ -56,8 +57,8 @@ def best_norm(y: Tensor, predict: Callable[[float], Tensor], power: int) -> floa
     """
     half, one = predict(0.5), predict(1.0)
     g = (one - half) / (1 - 0.5**power)
-    size = float(g.square().sum())
-    share = float((g * (y - (one - g))).sum()) / size if size else 0.0
+    size = float(total(g.square()))
+    share = float(total(g * (y - (one - g)))) / size if size else 0.0
     length = math.pow(max(0.0, share), 1 / power)
     return min(NORMS[-1], max(NORMS[0], length))
 

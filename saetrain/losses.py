@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saetrain.codes import Codes, SparseCodes, decode_codes, prefer_dense
+from saetrain.sums import total
 
 Reconstruction = Literal["fvu", "mse", "sse"]
 
@@ -63,7 +64,7 @@ def auxk(e_BE: Tensor, aux: SparseCodes, W_dec_FE: Tensor, dead_F: Tensor) -> Te
 def explained_by(guess_BE: Tensor, e_BE: Tensor, dead_F: Tensor) -> Tensor:
     """AuxK of a guess ê that an architecture has decoded by itself."""
     target_BE = e_BE.detach()
-    variation = (target_BE - target_BE.mean(0)).square().sum()
+    variation = total((target_BE - target_BE.mean(0)).square())
     off = (variation == 0) | ~dead_F.any()  # on the device: no wait for the GPU
-    ratio = (target_BE - guess_BE).square().sum() / variation.masked_fill(off, 1.0)
+    ratio = total((target_BE - guess_BE).square()) / variation.masked_fill(off, 1.0)
     return ratio.masked_fill(off, 0.0)

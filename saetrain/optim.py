@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from saetrain import optimizers
 from saetrain.errors import ConfigError, TrainingError
 from saetrain.optim_settings import OptimSettings, ScheduleSettings
+from saetrain.sums import length
 
 THRESHOLDS = "*threshold"  # the parameters that `jumprelu_lr_factor` is for
 
@@ -93,10 +94,21 @@ class Optimizer:
         self._ema: dict[str, Tensor] = {}
         self._n_averaged = 0
 
+    @torch.no_grad()
     def clip(self) -> Tensor:
-        """Scale the gradient to at most `clip_norm`; its norm before that, () on the device."""
-        limit = math.inf if self.clip_norm is None else self.clip_norm
-        return nn.utils.clip_grad_norm_(self.named.values(), limit, foreach=False)
+        """Scale the gradient to at most `clip_norm`; its norm before that, () on the device.
+
+        As torch's clip_grad_norm_, but the same for any number of threads.
+        """
+        grads = [p.grad for p in self.named.values() if p.grad is not None]
+        if not grads:
+            return torch.tensor(0.0)
+        norm = length(torch.stack([length(g) for g in grads]))
+        if self.clip_norm is not None:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(factor)
+        return norm
 
     def step(self, factor: float) -> None:
         """One step at rate lr * factor (* the group's own factor), then drop gradients."""

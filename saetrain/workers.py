@@ -5,10 +5,9 @@ and every operation ends with its threads waiting for the slowest. Two steps sid
 torch lets go of Python's lock inside its operations. `threads` of torch are shared out: each worker
 gives its operations threads // n of them (the setting is one of each thread).
 
-Cost: gradients and activations of n SAEs at once. Bias: sums over a whole tensor, such as the norm
-that gradients are clipped by, depend in their last digit on the threads inside the operation. So a
-run equals its single run bit for bit with as many threads as a worker has (OMP_NUM_THREADS), and
-otherwise up to rounding, which training carries on: FVE differed by up to 0.001 in short runs.
+Cost: gradients and activations of n SAEs at once. A run equals its single run bit for bit although
+that has more threads inside its operations: torch's products and row-wise sums do not depend on
+their number, and sums over whole tensors are made so (`saetrain.sums`).
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_saes_that_step_at_once_equal_their_single_runs(
 
 
 def test_at_sizes_where_operations_are_divided_among_threads(store: Path, tmp_path: Path) -> None:
-    # F116: equal to a single run with as many threads as a worker has.
+    # F116: equal to a single run, which has more threads inside its operations.
     threads = torch.get_num_threads()
     wide = {"sae": {"name": "topk", "n_latents": 4096, "k": 8}, "batch_tokens": 512}
     short = {"tokens": 512 * 8, "checkpoint": {"every_steps": None}}
@@ -81,7 +81,7 @@ def test_at_sizes_where_operations_are_divided_among_threads(store: Path, tmp_pa
             for lr in (1e-3, 2e-3)
         ]
         try:
-            torch.set_num_threads(4 if workers else 2)
+            torch.set_num_threads(4)
             done = [train(one) for one in many] if workers is None else train_together(many)
         finally:
             torch.set_num_threads(threads)

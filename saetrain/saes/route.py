@@ -32,6 +32,7 @@ from saetrain.layers import InferenceLayers, Layers, LayersConfig
 from saetrain.progress import Progress
 from saetrain.routing import Aggregation, Routing, expected, gates, probabilities, routed
 from saetrain.saes.base import Losses, register
+from saetrain.sums import total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ def relative(e_BD: Tensor, r_BD: Tensor) -> Tensor:
 
 def batch_fvu(e_BD: Tensor, r_BD: Tensor) -> Tensor:
     """Σ||e||² / Σ||r - mean r||², the mean being the batch's: too low by a factor (B-1)/B."""
-    return e_BD.square().sum() / (r_BD - r_BD.mean(0)).square().sum()
+    return total(e_BD.square()) / total((r_BD - r_BD.mean(0)).square())
 
 
 @register_kind("route")
