@@ -11,9 +11,10 @@ batches of 4,096, and its rate is rows a second:
   SAELens   ActivationsStore over its own cache of the same rows (float32, its default)
   streaming mosaicml's StreamingDataset over an MDS copy of the same rows (float16), shuffled
 
-Cold: the files are dropped from the page cache before each turn; ours against reading them from end
-to end in 1 MiB pieces. Memory: growth of a fresh process that streams a store ten times larger over
-its growth with the smaller one.
+Cold: the files of a store four times larger, so that the start does not count, are dropped from the
+page cache before each turn; ours, one epoch, against reading them from end to end in 1 MiB pieces.
+`cold_direct_vs_sequential` is the same with stream.direct=true. Memory: growth of a fresh process
+that streams a store ten times larger over its growth with the smaller one.
 
     python -m pipelines.bench_stream [--quick] [--json FILE]
 """
@@ -68,6 +69,7 @@ class Scale:
 
     d: int = 768
     segments: int = 3
+    cold_segments: int = 12
     segment_rows: int = 131_072
     context: int = 128
     batch_tokens: int = 4096
@@ -81,6 +83,7 @@ class Scale:
 
 QUICK = Scale(
     d=32,
+    cold_segments=3,
     segment_rows=2048,
     context=32,
     batch_tokens=256,
@@ -99,7 +102,7 @@ class Sides:
         self.snapshot, self.scale = open_store(store).snapshot(), scale
         torch.set_num_threads(scale.threads)
 
-    def stream(self) -> Stream:
+    def stream(self, direct: bool | None = None) -> Stream:
         """As a user would make it, in the type of the store."""
         return Stream(
             self.snapshot,
@@ -107,6 +110,7 @@ class Sides:
             batch_tokens=self.scale.batch_tokens,
             window_rows=self.scale.window_rows,
             threads=self.scale.threads,
+            direct=direct,
             dtype=torch.bfloat16,
             **EVERYTHING,
         )
@@ -180,9 +184,9 @@ class Sides:
 
     # -- cold ------------------------------------------------------------------------------------
 
-    def cold_stream(self) -> dict[str, Any]:
+    def cold_stream(self, direct: bool) -> dict[str, Any]:
         """One epoch."""
-        stream, done = self.stream(), 0
+        stream, done = self.stream(direct), 0
         n = stream.batches_per_epoch
         with clock() as times:
             for batch in itertools.islice(stream, n):
@@ -263,24 +267,32 @@ class Bench:
         parts = [s.acts(HOOK).read().astype(np.float16) for s in snapshot.segments]
         return np.concatenate(parts)
 
-    def cold(self) -> tuple[float, ...]:
-        """Ours over sequential reading, the page cache emptied of the files before each."""
+    def cold(self) -> dict[str, tuple[float, ...]]:
+        """Ours, buffered and direct, over sequential reading, with an empty page cache."""
         self.say("cold: ours / sequential reading, rows a second")
-        found = []
+        store = self.folder / "cold"
+        make_store(store, Scale(**asdict(self.scale) | {"segments": self.scale.cold_segments}))
+        sides: dict[str, dict[str, Any]] = {
+            "sequential": {"do": "cold_read"},
+            "buffered": {"do": "cold_stream", "direct": False},
+            "direct": {"do": "cold_stream", "direct": True},
+        }
+        found: dict[str, list[float]] = {"buffered": [], "direct": []}
         for turn in range(self.scale.turns):
             rates = {}
-            for side in ("cold_read", "cold_stream")[:: 1 if turn % 2 else -1]:
-                with self.worker() as worker:
-                    self._drop()
-                    answer = worker.ask(do=side)
+            for side in list(sides)[:: 1 if turn % 2 else -1]:
+                with self.worker(store) as worker:
+                    self._drop(store)
+                    answer = worker.ask(**sides[side])
                 rates[side] = answer["tokens"] / (answer["finished"] - answer["started"])
-            found.append(rates["cold_stream"] / rates["cold_read"])
+            for side, some_ratios in found.items():
+                some_ratios.append(rates[side] / rates["sequential"])
             some = "  ".join(f"{k} {v:,.0f}" for k, v in rates.items())
             self.say(f"  {turn + 1}/{self.scale.turns}  {some}")
-        return tuple(found)
+        return {side: tuple(some_ratios) for side, some_ratios in found.items()}
 
-    def _drop(self) -> None:
-        for file in self.store.rglob("c/0/0"):
+    def _drop(self, store: Path) -> None:
+        for file in store.rglob("c/0/0"):
             handle = os.open(file, os.O_RDONLY)
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -337,6 +349,7 @@ def measures(bench: Bench) -> list[Measure]:
     mosaic = bench.against_peer(
         "mosaicml", "mosaicml-streaming", "peer_loader_mosaicml.py", ".peers-streaming"
     )
+    cold = bench.cold()
     return [
         Measure(
             name="vs_pread", goal=0.8, **fast, **bench.against_own("pread", **plain, threads=1)
@@ -361,7 +374,8 @@ def measures(bench: Bench) -> list[Measure]:
         ),
         Measure(name="vs_saelens", goal=10.0, **fast, **saelens),
         Measure(name="vs_mosaicml", goal=3.0, **fast, **mosaic),
-        Measure(name="cold_vs_sequential", goal=0.9, **fast, ratios=bench.cold()),
+        Measure(name="cold_vs_sequential", goal=0.9, **fast, ratios=cold["buffered"]),
+        Measure(name="cold_direct_vs_sequential", goal=0.9, **fast, ratios=cold["direct"]),
         Measure(
             name="memory_10x_store",
             goal=1.1,

@@ -3,7 +3,9 @@
 A chunk is read into a small scratch buffer of the reading thread, which stays in the processor's
 cache; its checksum is taken there, and its eligible rows are copied straight to their shuffled
 places in a preallocated window. So a byte crosses main memory once on its way, as it would when
-reading without shuffling. Windows are reused as soon as no batch refers to them any more.
+reading without shuffling. Windows are reused as soon as no batch refers to them any more. Units of
+one chunk of a plain file take the compiled path (see `hot`), a few at a time; what that cannot do,
+or finds damaged, goes step by step.
 
 Cost: two windows of memory, three for a moment while a batch of the last one is still held;
 scratch memory of a chunk, or of a run of neighbours, a thread. Threads, not processes: reading,
@@ -30,17 +32,20 @@ from actcache.store import DamagedError
 from actcache.store.int8_reader import Int8Reader
 from actcache.store.shard import ShardReader, scratch
 from saetrain.stream.aligned import AnySegment, row_map, stored
+from saetrain.stream.hot import Chunk, fill, scatter
 from saetrain.stream.order import Window
 from saetrain.stream.rows import EligibleRows
-from saetrain.stream.scatter import scatter
 
 _SHARDS = 512  # readers kept with their shard index
 _OPEN_FILES = 64  # of them kept open: processes are often allowed 1,024, on a Mac 256
 _LINE = 64  # bytes of a cache line
 _SPARE = 3  # window buffers kept for reuse
 _SHARES = 4  # pieces of a window for each rank, at least
+_TOGETHER = 4  # units that a thread takes at once: few, so that threads end together
 _RUN_BYTES = 4 << 20  # of neighbouring chunks that are read at once
 Unit = tuple[int, NDArray[np.int64]]  # segment, rows in it
+_Unit = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # segment, rows, destinations
+_Target = tuple[str, int, NDArray[Any]]  # hook, part of how it is stored, window
 _Run = tuple[int, int, int]  # first and end of rows, chunk they are in
 
 
@@ -52,7 +57,7 @@ class Places:
     at: NDArray[np.int64]  # (n,) place in the window of each of this rank's rows, ascending
     segment: NDArray[np.int32]  # (n,) index into the segments
     row: NDArray[np.int32]  # (n,) in the segment
-    units: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]  # segment, rows, destinations
+    units: list[_Unit]
 
     def __len__(self) -> int:
         return len(self.at)
@@ -144,14 +149,15 @@ class Loader:
     def load(self, plan: Places) -> Loaded:
         """Read the rows. Raises DamagedError naming segment, hook and chunk."""
         acts, scales = dict[str, Tensor](), dict[str, Tensor]()
-        targets: list[tuple[str, int, NDArray[Any]]] = []
+        targets: list[_Target] = []
         for hook in self._hooks:
             for part, reader in enumerate(self._reader(0, hook)):
                 key = hook if part == 0 else f"{hook} scales"
                 rows = self._ring.rows(key, (len(plan), reader.d), reader.dtype)
                 (scales if part else acts)[hook] = _tensor(rows)
                 targets.append((hook, part, rows))
-        self._in_threads(lambda unit: self._fill(unit, targets), plan.units)
+        groups = [plan.units[i : i + _TOGETHER] for i in range(0, len(plan.units), _TOGETHER)]
+        self._in_threads(lambda group: self._fill(group, targets), groups)
         return Loaded(plan, acts, scales)
 
     def _open(self, segment: int, hook: str) -> tuple[ShardReader, ...]:
@@ -178,24 +184,52 @@ class Loader:
         for future in [self._pool.submit(some) for _ in range(min(self._threads, len(work)))]:
             future.result()
 
-    def _fill(
-        self,
-        unit: tuple[int, NDArray[np.int64], NDArray[np.int64]],
-        targets: Sequence[tuple[str, int, NDArray[Any]]],
-    ) -> None:
+    def _fill(self, group: Sequence[_Unit], targets: Sequence[_Target]) -> None:
+        """Some units: those of one whole chunk each at once, the others one by one."""
+        for target in targets:
+            hook, part, window = target
+            plain, others = list[tuple[Chunk, _Unit]](), list[_Unit]()
+            for unit in group:
+                chunk = self._one_chunk(unit, hook, part)
+                others.append(unit) if chunk is None else plain.append((chunk, unit))
+            if plain:
+                reader = self._reader(0, hook)[part]
+                memory = self._buffer(reader.chunk_bytes + 4)
+                done = fill(window, [c for c, _ in plain], reader.chunk_rows, memory)
+                self.bytes_read += done * reader.chunk_bytes
+                others += [unit for _, unit in plain[done:]]
+            for unit in others:
+                self._fill_unit(unit, target)
+
+    def _one_chunk(self, unit: _Unit, hook: str, part: int) -> Chunk | None:
+        """The unit as one chunk of a plain file; None if it is anything else."""
+        s, rows, at = unit
+        reader, file = self._reader(s, hook)[part], self._file(s, hook, part)
+        n = reader.chunk_rows
+        chunk, last = int(rows[0]) // n, int(rows[-1]) // n
+        alike = n == self._reader(0, hook)[part].chunk_rows and chunk == last
+        if file is None or file.direct or not alike:
+            return None
+        if row_map(self._segments[s], hook) is not None:
+            return None
+        which = None if len(rows) == n else rows - chunk * n
+        return Chunk(file, reader.place(chunk)[0], at, which)
+
+    def _fill_unit(self, unit: _Unit, target: _Target) -> None:
+        """One unit, step by step; says what is wrong with it."""
         s, rows, to = unit
-        for hook, part, window in targets:
-            reader, file = self._reader(s, hook)[part], self._file(s, hook, part)
-            there, at = self._there(s, hook, rows, to)
-            runs = _runs(there, reader.chunk_rows)
-            for some in _neighbours(runs, _RUN_BYTES // reader.chunk_bytes):
-                chunks = range(some[0][2], some[-1][2] + 1)
-                memory = self._buffer(len(chunks) * (reader.chunk_bytes + 4))
-                blocks = reader.read_run(chunks, memory, file)
-                self.bytes_read += len(chunks) * reader.chunk_bytes
-                for (lo, hi, chunk), block in zip(some, blocks, strict=True):
-                    chosen = there[lo:hi] - chunk * reader.chunk_rows
-                    scatter(window, at[lo:hi], block, None if hi - lo == len(block) else chosen)
+        hook, part, window = target
+        reader, file = self._reader(s, hook)[part], self._file(s, hook, part)
+        there, at = self._there(s, hook, rows, to)
+        runs = _runs(there, reader.chunk_rows)
+        for some in _neighbours(runs, _RUN_BYTES // reader.chunk_bytes):
+            chunks = range(some[0][2], some[-1][2] + 1)
+            memory = self._buffer(len(chunks) * (reader.chunk_bytes + 4))
+            blocks = reader.read_run(chunks, memory, file)
+            self.bytes_read += len(chunks) * reader.chunk_bytes
+            for (lo, hi, chunk), block in zip(some, blocks, strict=True):
+                chosen = there[lo:hi] - chunk * reader.chunk_rows
+                scatter(window, at[lo:hi], block, None if hi - lo == len(block) else chosen)
 
     def _there(
         self, s: int, hook: str, rows: NDArray[np.int64], to: NDArray[np.int64]

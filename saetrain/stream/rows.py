@@ -11,6 +11,7 @@ Cost: reading 9 bytes a row once, and a count of 4 bytes a unit.
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -87,6 +88,7 @@ class EligibleRows:
         units = -(-sizes // self._unit_rows)
         self._sizes, self._mean_norms = sizes, mean_norms or {}
         self._first_unit = np.concatenate([[0], np.cumsum(units)])
+        self._bounds: list[int] = self._first_unit.tolist()
         self._first_byte = np.concatenate([[0], np.cumsum(-(-sizes // 8))])
         self._bits = _bytes(int(self._first_byte[-1]))
         self.counts = np.zeros(int(self._first_unit[-1]), dtype=np.int32)
@@ -111,13 +113,15 @@ class EligibleRows:
 
     def place(self, unit: int) -> tuple[int, int, int]:
         """(segment, first row, end row) of a unit."""
-        s = int(np.searchsorted(self._first_unit, unit, side="right")) - 1
+        s = bisect_right(self._bounds, unit) - 1
         first = (unit - int(self._first_unit[s])) * int(self._unit_rows[s])
         return s, first, min(first + int(self._unit_rows[s]), int(self._sizes[s]))
 
     def rows(self, unit: int) -> tuple[int, NDArray[np.int64]]:
         """(segment, numbers of the eligible rows in it) of a unit."""
         s, first, end = self.place(unit)
+        if self.counts[unit] == end - first:
+            return s, np.arange(first, end)
         byte = int(self._first_byte[s])
         bits = np.unpackbits(self._bits[byte + first // 8 : byte + -(-end // 8)])
         begin = first % 8

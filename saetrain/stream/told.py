@@ -17,10 +17,10 @@ from collections.abc import Callable
 import numpy as np
 
 from saetrain.stream.ahead import Traffic
+from saetrain.stream.hot import SWITCH, compiled
 from saetrain.stream.live import LiveStream
 from saetrain.stream.mix import Mix
 from saetrain.stream.mixing import HIGH, Mixing, advice, measure
-from saetrain.stream.scatter import SWITCH, compiled
 from saetrain.stream.sequences import SequenceStream
 from saetrain.stream.stream import Stream
 

@@ -1,10 +1,12 @@
-"""The copy to shuffled places: compiled and by numpy, against a loop."""
+"""The compiled hot path against loops, another crc32c, and what numpy does without it."""
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +14,8 @@ from hypothesis import strategies as st
 from training import planted_store
 
 from actcache.store import open_store
-from saetrain.stream import Stream
-from saetrain.stream import scatter as scattering
-from saetrain.stream.scatter import SWITCH, compiled, scatter
+from saetrain.stream import Stream, hot
+from saetrain.stream.hot import SWITCH, Chunk, compiled, scatter
 from saetrain.stream.told import Told
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -107,7 +108,7 @@ def test_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.Mon
     assert compiled() is not None
     (file,) = (tmp_path / "saetrain").iterdir()
     assert (tmp_path / "saetrain").stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(scattering.subprocess, "run", None)  # it would fail to compile again
+    monkeypatch.setattr(hot.subprocess, "run", None)  # it would fail to compile again
     compiled.cache_clear()
     assert compiled() is not None
     assert [*file.parent.iterdir()] == [file]
@@ -146,3 +147,88 @@ def test_a_run_says_that_it_is_slower(tmp_path: Path, monkeypatch) -> None:
     compiled.cache_clear()
     Told(Stream(snapshot, ["resid.2"], batch_tokens=64, window_rows=128), said.append).begin()
     assert not any("compiler" in line for line in said)
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 100_000), st.integers(0, 2**32 - 1))
+def test_checksums_are_googles(size: int, seed: int) -> None:
+    data = np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8)
+    found = ctypes.c_uint32()
+    if compiled().checksum(data.ctypes.data, size, ctypes.byref(found)):
+        pytest.skip("a processor without SSE 4.2")
+    assert found.value == google_crc32c.value(data.tobytes())
+
+
+class Opened:
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+        self.fd = self.file.fileno()
+
+
+@pytest.fixture
+def chunks(tmp_path: Path):
+    """Rows of 5 chunks, (5, 6, 10) float32, and a file of them with their checksums."""
+    rows = np.random.default_rng(0).standard_normal((5, 6, 10)).astype(np.float32)
+    crcs = [google_crc32c.value(r.tobytes()).to_bytes(4, "little") for r in rows]
+    path = tmp_path / "chunks"
+    path.write_bytes(b"".join(r.tobytes() + c for r, c in zip(rows, crcs, strict=True)))
+    opened = Opened(path)
+    yield rows, path, opened
+    opened.file.close()
+
+
+def filled(rows, opened, which=(None,) * 5):
+    """What `fill` says, the window, and what a loop makes of the chunks."""
+    counts = [6 if w is None else len(w) for w in which]
+    at = np.split(np.random.default_rng(1).permutation(40)[: sum(counts)], np.cumsum(counts)[:-1])
+    to, expected = np.zeros((40, 10), np.float32), np.zeros((40, 10), np.float32)
+    for r, places, w in zip(rows, at, which, strict=True):
+        by_loop(expected, places, r, w)
+    jobs = [Chunk(opened, i * 244, a, w) for i, (a, w) in enumerate(zip(at, which, strict=True))]
+    return hot.fill(to, jobs, 6, np.empty(244, np.uint8)), to, expected, at
+
+
+def test_chunks_are_read_checked_and_scattered(way: str, chunks) -> None:
+    rows, _, opened = chunks
+    done, to, expected, _ = filled(rows, opened)
+    if way == "numpy":
+        assert done == 0
+        return
+    assert done == 5
+    assert np.array_equal(to, expected)
+    some = [np.array(w, np.int64) for w in ([0], [5, 1], [2, 3, 4], [], [0, 1, 2, 3, 4, 5])]
+    done, to, expected, _ = filled(rows, opened, some)
+    assert done == 5
+    assert np.array_equal(to, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["payload", "checksum", "cut"])
+def test_it_stops_at_a_chunk_that_is_damaged(chunks, how: str) -> None:
+    rows, path, opened = chunks
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        data = data[: 3 * 244 + 100]
+    else:
+        data[3 * 244 + (100 if how == "payload" else 241)] ^= 1
+    path.write_bytes(data)
+    done, to, expected, at = filled(rows, opened)
+    assert done == 3
+    for i, places in enumerate(at):
+        assert np.array_equal(to[places], expected[places]) == (i < 3)
+
+
+@needs_compiler
+def test_it_refuses_what_it_cannot_do(chunks) -> None:
+    _, _, opened = chunks
+    to, n = np.zeros((40, 10), np.float32), np.arange(6)
+    with pytest.raises(ValueError, match="scratch has 243 bytes, a chunk 244"):
+        hot.fill(to, [Chunk(opened, 0, n, None)], 6, np.empty(243, np.uint8))
+    with pytest.raises(ValueError, match="row numbers"):
+        hot.fill(to, [Chunk(opened, 0, n, n[:3])], 6, np.empty(244, np.uint8))
+    with pytest.raises(ValueError, match="row numbers"):
+        hot.fill(to, [Chunk(opened, 0, np.arange(12)[::2], None)], 6, np.empty(244, np.uint8))
+    for at, which in ((n + 35, None), (n, n + 1), (n - 1, None)):
+        assert hot.fill(to, [Chunk(opened, 0, at, which)], 6, np.empty(244, np.uint8)) == 0
+    assert not to.any()

@@ -1,7 +1,7 @@
-"""Rows to their shuffled places: the one copy that shuffling costs.
+"""The stream's hot path, compiled: chunks read, checked, and their rows copied to shuffled places.
 
-Compiled from `scatter.c` at its first use, if there is a C compiler ($CC, or cc), into the user's
-cache folder; otherwise numpy does the same at a third of the speed. SAETRAIN_COMPILE=0 wants numpy.
+`hot.c` is compiled at its first use, if there is a C compiler ($CC, or cc), into the user's cache
+folder; otherwise Python and numpy do the same, slower. SAETRAIN_COMPILE=0 wants that.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 SWITCH = "SAETRAIN_COMPILE"
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCE = Path(__file__).with_name("hot.c")
 _FLAGS = ("-O3", "-shared", "-fPIC")
 _SECONDS = 60  # for the compiler
 
@@ -35,8 +36,8 @@ def scatter(to: Rows, at: Places, rows: Rows, which: Places | None = None) -> No
 
     Releases the GIL. Raises IndexError, with nothing written, for a number that is out of range.
     """
-    call = compiled()
-    if call is None:
+    library = compiled()
+    if library is None:
         _by_numpy(to, at, rows, which)
         return
     size = rows.shape[1] * rows.itemsize
@@ -48,7 +49,7 @@ def scatter(to: Rows, at: Places, rows: Rows, which: Places | None = None) -> No
     n = len(at) if which is None else min(len(at), len(which))
     chosen = None if which is None else which.ctypes.data
     where = (to.ctypes.data, len(to), at.ctypes.data, rows.ctypes.data, len(rows), chosen)
-    if n != len(at) or call(*where, n, size):
+    if n != len(at) or library.scatter_rows(*where, n, size):
         raise IndexError(f"row numbers do not fit {len(rows)} rows copied into {len(to)}")
 
 
@@ -70,19 +71,82 @@ def _wide(rows: Rows) -> Rows:
     return rows.view(np.uint8).reshape(len(rows), row_bytes).view(f"u{word}")
 
 
+class Opened(Protocol):
+    """A file that stays open as long as it is referred to."""
+
+    fd: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of a file, for `fill`: its rows `which` (None: all) go to the places `at`."""
+
+    file: Opened
+    offset: int
+    at: Places
+    which: Places | None
+
+
+def fill(to: Rows, chunks: Sequence[Chunk], n_rows: int, scratch: NDArray[np.uint8]) -> int:
+    """Rows of the chunks to their places; how many chunks were done, 0 without a compiler.
+
+    A chunk has `n_rows` rows as wide as those of `to`, then its crc32c; `scratch` has room for one.
+    It stops at a chunk that is cut, damaged or asked for wrongly, which is for others to say.
+    Releases the GIL.
+    """
+    library = compiled()
+    if library is None or not to.flags.c_contiguous:
+        return 0
+    size = to.shape[1] * to.itemsize
+    if len(scratch) < n_rows * size + 4:
+        raise ValueError(f"scratch has {len(scratch)} bytes, a chunk {n_rows * size + 4}")
+    jobs = np.array(
+        [
+            (
+                c.file.fd,
+                c.offset,
+                len(c.at),
+                _address(c.at, len(c.at)),
+                _address(c.which, len(c.at)),
+            )
+            for c in chunks
+        ],
+        dtype=np.int64,
+    )
+    place = (n_rows, size, to.ctypes.data, len(to))
+    return int(library.fill_rows(jobs.ctypes.data, len(jobs), scratch.ctypes.data, *place))
+
+
+def _address(numbers: Places | None, n: int) -> int:
+    """Of `n` row numbers; 0 for None."""
+    if numbers is None:
+        return 0
+    if numbers.dtype != np.int64 or not numbers.flags.c_contiguous or len(numbers) != n:
+        raise ValueError(f"expected {n} row numbers side by side, int64, got {len(numbers)}")
+    return int(numbers.ctypes.data)
+
+
 @cache
-def compiled() -> Callable[..., int] | None:
-    """`scatter_rows` of `scatter.c`; None if it is not wanted or cannot be had."""
+def compiled() -> Any:
+    """The library made of `hot.c`; None if it is not wanted or cannot be had."""
     if os.environ.get(SWITCH, "1") == "0":
         return None
     try:
-        found: Any = ctypes.CDLL(str(_library())).scatter_rows
+        found = ctypes.CDLL(str(_library()))
+        _declare(found)
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.argtypes = [pointer, number, pointer, pointer, number, pointer, number, number]
-    found.restype = ctypes.c_int
-    return found  # type: ignore[no-any-return]
+    return found
+
+
+def _declare(library: Any) -> None:
+    p, n = ctypes.c_void_p, ctypes.c_int64
+    library.scatter_rows.argtypes = [p, n, p, p, n, p, n, n]
+    library.scatter_rows.restype = ctypes.c_int
+    library.fill_rows.argtypes = [p, n, p, n, n, p, n]
+    library.fill_rows.restype = n
+    library.checksum.argtypes = [p, n, p]
+    library.checksum.restype = ctypes.c_int
 
 
 def _library() -> Path:
@@ -90,7 +154,7 @@ def _library() -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     source = _SOURCE.read_bytes()
     about = [source, *map(str.encode, (*compiler, *_FLAGS, platform.system(), platform.machine()))]
-    name = f"scatter-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}.so"
+    name = f"hot-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}.so"
     file = _folder() / name
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
