@@ -189,10 +189,18 @@ def filled(rows, opened, which=(None,) * 5):
     return hot.fill(to, jobs, 6, np.empty(244, np.uint8)), to, expected, at
 
 
+def can_check() -> bool:
+    """Whether this processor has the instruction; without it `fill` leaves all to Python."""
+    data, found = np.zeros(8, np.uint8), ctypes.c_uint32()
+    return compiled() is not None and not compiled().checksum(
+        data.ctypes.data, 8, ctypes.byref(found)
+    )
+
+
 def test_chunks_are_read_checked_and_scattered(way: str, chunks) -> None:
     rows, _, opened = chunks
     done, to, expected, _ = filled(rows, opened)
-    if way == "numpy":
+    if not can_check():
         assert done == 0
         return
     assert done == 5
@@ -206,6 +214,8 @@ def test_chunks_are_read_checked_and_scattered(way: str, chunks) -> None:
 @needs_compiler
 @pytest.mark.parametrize("how", ["payload", "checksum", "cut"])
 def test_it_stops_at_a_chunk_that_is_damaged(chunks, how: str) -> None:
+    if not can_check():
+        pytest.skip("a processor without SSE 4.2")
     rows, path, opened = chunks
     data = bytearray(path.read_bytes())
     if how == "cut":
