@@ -208,10 +208,8 @@ class Lockstep:
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         """Evaluate jobs of one source at once, where that draws no numbers and rows are kept."""
-        source, beside = (
-            jobs[0].source,
-            [j for j in jobs if j.beside and not j.settings.eval.metrics],
-        )
+        source = jobs[0].source
+        beside = [j for j in jobs if j.beside and not j.settings.eval.metrics]
         if self.workers.n == 1 or len(beside) < 2 or not isinstance(source.held_out, Kept):
             return
         try:

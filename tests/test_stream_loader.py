@@ -197,10 +197,15 @@ def test_direct_reading_gives_the_same_batches(tmp_path, monkeypatch, dtype, com
     hot.compiled.cache_clear()
 
 
-def test_direct_reading_is_of_whole_pages_where_it_can_be(tmp_path, monkeypatch):
-    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, segments=(320,)).snapshot()
+def reader_and_chunks(tmp_path, rows):
+    """The reader of a store's only segment, and its chunks as they are read one by one."""
+    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, segments=(rows,)).snapshot()
     reader = snapshot.segments[0].acts("resid.2")
-    plain = [reader.read_chunk(i) for i in range(reader.n_chunks)]
+    return reader, [reader.read_chunk(i) for i in range(reader.n_chunks)]
+
+
+def test_direct_reading_is_of_whole_pages_where_it_can_be(tmp_path, monkeypatch):
+    reader, plain = reader_and_chunks(tmp_path, 320)
     asked = []
     preadv = os.preadv
 
@@ -243,9 +248,7 @@ def test_rows_that_memory_cannot_hold_are_read_directly(tmp_path, monkeypatch):
 
 
 def test_neighbouring_chunks_are_read_at_once(tmp_path, monkeypatch):
-    snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, segments=(512,)).snapshot()
-    reader = snapshot.segments[0].acts("resid.2")
-    plain = [reader.read_chunk(i) for i in range(reader.n_chunks)]
+    reader, plain = reader_and_chunks(tmp_path, 512)
     asked = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: asked.append(a[2]) or preadv(*a))

@@ -100,21 +100,15 @@ def fill(to: Rows, chunks: Sequence[Chunk], n_rows: int, scratch: NDArray[np.uin
     size = to.shape[1] * to.itemsize
     if len(scratch) < n_rows * size + 4:
         raise ValueError(f"scratch has {len(scratch)} bytes, a chunk {n_rows * size + 4}")
-    jobs = np.array(
-        [
-            (
-                c.file.fd,
-                c.offset,
-                len(c.at),
-                _address(c.at, len(c.at)),
-                _address(c.which, len(c.at)),
-            )
-            for c in chunks
-        ],
-        dtype=np.int64,
-    )
+    jobs = np.array([_job(c) for c in chunks], dtype=np.int64)
     place = (n_rows, size, to.ctypes.data, len(to))
     return int(library.fill_rows(jobs.ctypes.data, len(jobs), scratch.ctypes.data, *place))
+
+
+def _job(chunk: Chunk) -> tuple[int, ...]:
+    """The fields of `struct job`."""
+    n = len(chunk.at)
+    return chunk.file.fd, chunk.offset, n, _address(chunk.at, n), _address(chunk.which, n)
 
 
 def _address(numbers: Places | None, n: int) -> int:
