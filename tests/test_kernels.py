@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from saetrain.activations import BatchTopK, BatchTopKConfig
 from saetrain.init import transposed
-from saetrain.kernels import adam, encode, latents, rows
+from saetrain.kernels import adam, cpu, encode, latents, rows
 from saetrain.kernels.batchtopk import encode_batchtopk, ragged
 from saetrain.kernels.decode import decode, input_bias
 from saetrain.kernels.encode import encode_topk, pieces
@@ -16,6 +18,7 @@ from saetrain.kernels.gemm import product
 from saetrain.kernels.latents import dot_rows, sum_by_latent
 from saetrain.kernels.rows import project_rows_, renormalise_rows_
 from saetrain.kernels.topk import exact_topk
+from saetrain.native import SWITCH
 
 
 def same_choice(h_BF: Tensor, values: Tensor, indices: Tensor, k: int) -> None:
@@ -25,6 +28,16 @@ def same_choice(h_BF: Tensor, values: Tensor, indices: Tensor, k: int) -> None:
     assert torch.equal(values.sort(1)[0], h_BF.topk(k)[0].sort(1)[0])
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine without a C compiler."""
+    monkeypatch.setenv(SWITCH, "0")
+    cpu.compiled.cache_clear()
+    yield
+    cpu.compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("n_latents", [40, 257, 1024, 4099])
 @pytest.mark.parametrize("k", [1, 4, 32])
 def test_the_tournament_finds_the_k_largest(n_latents: int, k: int) -> None:  # F44, F118
@@ -39,6 +52,7 @@ def test_the_tournament_finds_the_k_largest(n_latents: int, k: int) -> None:  # 
     same_choice(h_BF, *exact_topk(h_BF, k), k)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_tournament_lets_no_nan_pass_unseen() -> None:
     h_BF = torch.randn(3, 4096)
     h_BF[1, 77] = torch.nan

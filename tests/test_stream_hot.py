@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from training import planted_store
 
 from actcache.store import open_store
+from saetrain import native
+from saetrain.native import SWITCH
 from saetrain.stream import Stream, hot
-from saetrain.stream.hot import SWITCH, Chunk, compiled, scatter
+from saetrain.stream.hot import Chunk, compiled, scatter
 from saetrain.stream.told import Told
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -108,7 +110,7 @@ def test_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.Mon
     assert compiled() is not None
     (file,) = (tmp_path / "saetrain").iterdir()
     assert (tmp_path / "saetrain").stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(hot.subprocess, "run", None)  # it would fail to compile again
+    monkeypatch.setattr(native.subprocess, "run", None)  # it would fail to compile again
     compiled.cache_clear()
     assert compiled() is not None
     assert [*file.parent.iterdir()] == [file]

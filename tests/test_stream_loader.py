@@ -16,6 +16,7 @@ from stores import make_store
 from actcache.store import DamagedError, StoreError
 from actcache.store.shard import scratch
 from saetrain.errors import ConfigError
+from saetrain.native import SWITCH
 from saetrain.stream import Stream, hot
 from saetrain.stream import loader as loading
 from saetrain.stream import stream as streams
@@ -185,7 +186,7 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_named(tmp_path, how):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("compile_", ["0", "1"])
 def test_direct_reading_gives_the_same_batches(tmp_path, monkeypatch, dtype, compile_):
-    monkeypatch.setenv(hot.SWITCH, compile_)
+    monkeypatch.setenv(SWITCH, compile_)
     hot.compiled.cache_clear()
     snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, dtype=dtype).snapshot()
 
@@ -276,7 +277,7 @@ def test_neighbouring_chunks_are_read_at_once(tmp_path, monkeypatch):
 
 
 def test_a_stream_reads_runs_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv(hot.SWITCH, "0")  # reads that Python can count
+    monkeypatch.setenv(SWITCH, "0")  # reads that Python can count
     hot.compiled.cache_clear()
     snapshot = make_store(tmp_path / "s", segments=(2048,) * 2).snapshot()
     calls = {}

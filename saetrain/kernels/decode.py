@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saetrain.kernels import cpu
 from saetrain.kernels.latents import dot_rows, sum_by_latent
 from saetrain.kernels.triton_decode import decode_forward
 
@@ -36,6 +37,8 @@ class _Decode(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values_BK, indices_BK, W_FE, used_BK)
         ctx.W = W_FE if W_FE.is_leaf else None
+        if cpu.takes(values_BK, W_FE):
+            return cpu.decode(values_BK, indices_BK, W_FE)
         if used_BK is not None:
             return _decode_ragged(values_BK, indices_BK, W_FE)
         return decode_forward(values_BK, indices_BK, W_FE)

@@ -19,6 +19,10 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from saetrain.kernels import cpu
+from saetrain.kernels.triton_common import takes
+from saetrain.kernels.triton_latents import launch_dot, launch_sum
+
 PIECE = 1 << 18  # elements of a piece: 1 MB
 LARGE = 1 << 22  # elements from which fresh memory comes page by page from the system
 
@@ -33,9 +37,13 @@ def dot_rows(
     Where `used_BK` is False, 0 without a product; only on the CPU, as others would wait for it.
     """
     n, k = indices_BK.shape
+    if cpu.takes(x_BD, W_FD):
+        return cpu.dot_rows(x_BD, W_FD, indices_BK, used_BK)
     if used_BK is not None:
         pairs = dot_pairs(x_BD, W_FD, used_BK.nonzero()[:, 0], indices_BK[used_BK])
         return x_BD.new_zeros(n, k).masked_scatter_(used_BK, pairs)
+    if takes("dot_rows", x_BD):
+        return launch_dot(x_BD, W_FD, indices_BK)
     token = torch.arange(n, device=x_BD.device).repeat_interleave(k, output_size=n * k)
     return dot_pairs(x_BD, W_FD, token, indices_BK.reshape(-1)).reshape(n, k)
 
@@ -60,6 +68,10 @@ def sum_by_latent(
     again. Slots of weight 0 are left out on the CPU. Plain twin:
     `SparseCodes(weights, indices, F).dense().T @ x`.
     """
+    if cpu.takes(x_BD, weights_BK):
+        return cpu.sum_by_latent(x_BD, weights_BK, indices_BK, _memory(x_BD, n_latents, home))
+    if takes("sum_by_latent", x_BD):
+        return launch_sum(x_BD, weights_BK, indices_BK, n_latents)
     weights, latents, used = weights_BK.reshape(-1), indices_BK.reshape(-1), None
     if may_count(x_BD):
         used = weights.nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""The exact k largest of each row, by a tournament.
+"""The exact k largest of each row: in C where that is compiled (cpu.py), or by a tournament.
 
 A row of F is split into F/4 groups of 4, of which the k with the largest maxima contain k largest
 elements: an element outside has at least k group maxima that are no smaller. The maxima are found
@@ -16,12 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saetrain.kernels import cpu
+
 GROUP = 4
 SHORT = 8  # times k: rows no longer than this go to torch.topk
 
 
 def exact_topk(h_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, indices), (B, k) each, in no order. Off the CPU this is `torch.topk`."""
+    if h_BF.numel() and 0 < k <= h_BF.shape[-1] and cpu.takes(h_BF, half=True):
+        return cpu.topk(h_BF, k)
     if h_BF.device.type != "cpu" or not 0 < k * SHORT < h_BF.shape[-1]:
         values, indices = h_BF.topk(k, dim=-1, sorted=False)
         return values, indices

@@ -1,18 +1,12 @@
 """The stream's hot path, compiled: chunks read, checked, and their rows copied to shuffled places.
 
-`hot.c` is compiled at its first use, if there is a C compiler ($CC, or cc), into the user's cache
-folder; otherwise Python and numpy do the same, slower. SAETRAIN_COMPILE=0 wants that.
+`hot.c` is compiled at its first use, see `saetrain.native`; without a compiler Python and numpy do
+the same, slower.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-SWITCH = "SAETRAIN_COMPILE"
-_SOURCE = Path(__file__).with_name("hot.c")
-_FLAGS = ("-O3", "-shared", "-fPIC")
-_SECONDS = 60  # for the compiler
+from saetrain.native import build
 
 Rows = NDArray[Any]
 Places = NDArray[np.int64]
@@ -123,14 +114,10 @@ def _address(numbers: Places | None, n: int) -> int:
 @cache
 def compiled() -> Any:
     """The library made of `hot.c`; None if it is not wanted or cannot be had."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return None
-    try:
-        found = ctypes.CDLL(str(_library()))
-        _declare(found)
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
-    return found
+    library = build(Path(__file__).with_name("hot.c"))
+    if library is not None:
+        _declare(library)
+    return library
 
 
 def _declare(library: Any) -> None:
@@ -141,27 +128,3 @@ def _declare(library: Any) -> None:
     library.fill_rows.restype = n
     library.checksum.argtypes = [p, n, p]
     library.checksum.restype = ctypes.c_int
-
-
-def _library() -> Path:
-    """The compiled file. OSError or SubprocessError if there is none and it cannot be made."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    source = _SOURCE.read_bytes()
-    about = [source, *map(str.encode, (*compiler, *_FLAGS, platform.system(), platform.machine()))]
-    name = f"hot-{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}.so"
-    file = _folder() / name
-    if not file.exists():
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            made = Path(scratch) / name
-            command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
-            made.replace(file)  # whole or not at all: other processes may be doing the same
-    return file
-
-
-def _folder() -> Path:
-    """A folder of this user's own, kept between runs."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "saetrain"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder

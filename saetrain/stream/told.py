@@ -16,8 +16,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from saetrain.native import SWITCH
 from saetrain.stream.ahead import Traffic
-from saetrain.stream.hot import SWITCH, compiled
+from saetrain.stream.hot import compiled
 from saetrain.stream.live import LiveStream
 from saetrain.stream.mix import Mix
 from saetrain.stream.mixing import HIGH, Mixing, advice, measure
