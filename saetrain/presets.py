@@ -13,6 +13,7 @@ its architecture and parts). On the command line Hydra has read the preset's fil
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
@@ -49,7 +50,12 @@ def names() -> tuple[str, ...]:
 
 
 def preset(name: str) -> Values:
-    """The content of conf/sae/NAME.yaml."""
+    """The content of conf/sae/NAME.yaml, the caller's own."""
+    return copy.deepcopy(_read(name))
+
+
+@cache
+def _read(name: str) -> Values:
     text = (config_dir() / "sae" / f"{name}.yaml").read_text(encoding="utf-8")
     values: Values = yaml.safe_load(text)
     return values

@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -334,7 +335,7 @@ def describe(settings: TrainSettings, source: Source) -> dict[str, Any]:
         **source.ids(),
         "seed": settings.seed,
         "result_key": settings.result_key(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version(), **_versions()},
         "git_commit": git_commit(),
     }
 
@@ -362,8 +363,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+@cache
 def git_commit() -> str | None:
-    """Commit of the checkout that saetrain runs from, `-dirty` if changed; None if installed."""
+    """Commit of the checkout that saetrain runs from, `-dirty` if changed; None if installed.
+
+    As it is at the first question: later changes are not in the code that this process runs.
+    """
     root = Path(saetrain.__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -375,6 +380,7 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
+@cache
 def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for package in _PACKAGES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from saes_rows import END, HOOK, SPACES, D, Row, X
 from test_saes import GATED, JUMPRELU, MATRYOSHKA, RELU, ROOT, ROWS, TOPK
 
 import saetrain.saes as saes
+from actcache.store import plugins
 from saetrain import presets
 from saetrain.activations import TopKConfig
 from saetrain.errors import ConfigError
@@ -320,17 +322,35 @@ def test_your_own_file_is_found(tmp_path: Path, as_folder: bool) -> None:  # F36
 
 
 @pytest.mark.usefixtures("own_names")
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_an_installed_package_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:  # F36
-    (tmp_path / "somebodys_saes.py").write_text(CUSTOM.format(suffix="installed"))
-    info = tmp_path / "somebodys_saes-1.0.dist-info"
+    """Also in a folder that has been searched before."""
+    if when == "meanwhile":
+        os.utime(tmp_path, (0, 0))  # long before: clocks of file systems are coarse
+        monkeypatch.syspath_prepend(tmp_path)
+        assert "linear_meanwhile" not in load_all()
+    (tmp_path / f"somebodys_{when}.py").write_text(CUSTOM.format(suffix=when))
+    info = tmp_path / "somebodys-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-saes\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[saetrain.saes]\nlinear = somebodys_saes\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    sae = make_sae({"name": "linear_installed", "n_latents": 20}, SPACES)
-    assert type(sae).__module__ == "somebodys_saes"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[saetrain.saes]\nlinear = somebodys_{when}\n")
+    if when == "before":
+        monkeypatch.syspath_prepend(tmp_path)
+    sae = make_sae({"name": f"linear_{when}", "n_latents": 20}, SPACES)
+    assert type(sae).__module__ == f"somebodys_{when}"
+
+
+def test_entry_points_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_all()
+    monkeypatch.setattr(plugins, "entry_points", lambda **_: pytest.fail("looked again"))
+    assert "sae" in load_all()
+
+
+def test_a_preset_belongs_to_whoever_asks() -> None:
+    presets.preset("topk")["activation"]["name"] = "spoilt"
+    assert presets.preset("topk")["activation"]["name"] == "topk"
 
 
 def test_a_missing_saes_path_is_an_error(tmp_path: Path) -> None:

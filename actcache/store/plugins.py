@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def load(group: str, paths: Iterable[str | Path], word: str, error: type[Excepti
     the setting that named it. `error` is raised for a path that is missing or no Python file, and
     for an entry point that cannot be imported; what goes wrong inside a file passes as it is.
     """
-    for point in entry_points(group=group):
+    for point in _points(group, tuple((p, _changed(p)) for p in sys.path)):
         _load_point(point, error)
     for item in paths:
         path = Path(item).expanduser()
@@ -55,6 +56,23 @@ def check_class(
 def where_of(cls: type) -> str:
     """Module and name of a class, for messages."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@lru_cache(maxsize=16)
+def _points(group: str, where: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group; `where` is sys.path, each with when it last changed.
+
+    Found once: the search opens a file of every installed package, and runs ask many times.
+    """
+    return tuple(entry_points(group=group))
+
+
+def _changed(folder: str) -> int:
+    """When a package was last put into a folder of sys.path, or taken out; 0 if it is none."""
+    try:
+        return Path(folder).stat().st_mtime_ns  # "" is the working folder
+    except OSError:
+        return 0
 
 
 def _load_point(point: EntryPoint, error: type[Exception]) -> None:
