@@ -15,6 +15,7 @@ from actcache.store import (
     DamagedError,
     HookMissingError,
     HookStats,
+    Segment,
     StoreMissingError,
     StoreVersionError,
     open_store,
@@ -170,6 +171,18 @@ def test_statistics_of_a_snapshot_leave_special_tokens_out(store):
     np.testing.assert_allclose(stats.mean, plain.mean(0), rtol=1e-12)
     np.testing.assert_allclose(stats.variance, plain.var(0).sum(), rtol=1e-7)  # float32 squares
     assert snapshot.stats("resid.2", special=True).n == len(rows)
+
+
+def test_statistics_of_a_snapshot_are_merged_once(store, monkeypatch):
+    """Every one of a hundred runs asks several times; a store may have thousands of segments."""
+    snapshot = store.snapshot()
+    kept = [snapshot.stats("resid.2"), snapshot.stats("resid.2", special=True)]
+    monkeypatch.setattr(Segment, "stats", lambda *_: pytest.fail("read again"))
+    assert snapshot.stats("blocks.2.hook_resid_post") is kept[0]  # another name of the hook
+    assert snapshot.stats("resid.2", special=True) is kept[1]
+    assert kept[0].n < kept[1].n
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0].mean += 1
 
 
 # -- damage ----------------------------------------------------------------------------------------

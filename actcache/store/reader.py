@@ -211,11 +211,15 @@ class Snapshot:
 
     def stats(self, hook: str, special: bool = False) -> HookStats:
         """Statistics of a hook over the snapshot, without or with special tokens."""
-        name = self.resolve_hook(hook)
-        total = HookStats.empty(self.hooks[name].d)
-        for segment in self.segments:
-            total = total.merge(segment.stats(name, special))
-        return total
+        key = (name := self.resolve_hook(hook), special)
+        if key not in self._stats:
+            parts = (segment.stats(*key) for segment in self.segments)
+            self._stats[key] = HookStats.merged(parts, self.hooks[name].d)
+        return self._stats[key]
+
+    @cached_property
+    def _stats(self) -> dict[tuple[str, bool], HookStats]:
+        return {}  # by what was asked: runs ask often, and of thousands of commits
 
     def storage_error(self, hook: str) -> Error | None:
         """What storing a hook as int8 has changed, over the snapshot; None for other types.

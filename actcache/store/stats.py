@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -77,6 +77,19 @@ class HookStats:
             max(self.max_abs, other.max_abs),
             self.nonfinite + other.nonfinite,
         )
+
+    @classmethod
+    def merged(cls, parts: Iterable[Self], d: int) -> Self:
+        """Statistics of all sets of rows together; of none, those of no rows of width d.
+
+        Its arrays cannot be written: whoever keeps the result may hand it out many times.
+        """
+        total = cls.empty(d)
+        for part in parts:
+            total = total.merge(part)
+        for array in (total.mean, total.m2):
+            array.flags.writeable = False
+        return total
 
     @property
     def mean_norm(self) -> float:

@@ -172,11 +172,15 @@ class JoinedSnapshot:
 
     def stats(self, hook: str, special: bool = False) -> HookStats:
         """Statistics of a hook over the joined segments."""
-        name = self.resolve_hook(hook)
-        total = HookStats.empty(self.hooks[name].d)
-        for segment in self.segments:
-            total = total.merge(segment.stats(name, special))
-        return total
+        key = (name := self.resolve_hook(hook), special)
+        if key not in self._stats:
+            parts = (segment.stats(*key) for segment in self.segments)
+            self._stats[key] = HookStats.merged(parts, self.hooks[name].d)
+        return self._stats[key]
+
+    @cached_property
+    def _stats(self) -> dict[tuple[str, bool], HookStats]:
+        return {}
 
     def vocab(self) -> list[bytes]:
         """The exact bytes of every token id."""
