@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -31,6 +32,7 @@ from saetrain.dashboard.sweep import write_sweep
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.evals.run import evaluate_run, final_table
 from saetrain.jobs import Task, train_jobs
+from saetrain.log import say
 from saetrain.outcomes import Outcome
 from saetrain.presets import config_dir
 from saetrain.settings import TrainSettings
@@ -76,13 +78,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exits with 1 on an error, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        command = _COMMANDS.get(args[0]) if args else None
+        command = _command(args)
         command(args[1:]) if command else _train(args)
     except (SaetrainError, ActcacheError) as e:
         _fail(str(e))
     except KeyboardInterrupt as e:
-        print(f"interrupted: {e or 'run the same command again to continue'}", file=sys.stderr)
+        told = str(e) or "run the same command again to continue"
+        print(f"interrupted: {told}", file=sys.stderr)
         sys.exit(130)
+
+
+def _command(args: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
+    """What the first word names; None: settings to train. ConfigError for a misspelt command."""
+    if not args:
+        return None
+    word = re.fullmatch(r"[a-z][a-z_-]*", args[0]) and args[0]
+    if word and word not in _COMMANDS:
+        known = ", ".join(_COMMANDS)
+        raise ConfigError(
+            f"{word!r} is no command.{did_you_mean(word, _COMMANDS)} There are {known}; "
+            "settings to train are KEY=VALUE"
+        )
+    return _COMMANDS.get(args[0])
 
 
 def _fail(message: str) -> None:
@@ -106,6 +123,9 @@ def _train(args: Sequence[str]) -> None:
         """One job, here or in another process; its score. A sweep's failures go to its record."""
         own = HydraConfig.get()
         sweep, words = own.mode == RunMode.MULTIRUN, tuple(own.overrides.task)
+        launcher = own.runtime.choices["hydra/launcher"]
+        if not sweep and launcher != "basic":
+            say(f"hydra/launcher={launcher} has no effect without -m")
         number = own.job.num if sweep else 0
         if sweep:
             print(f"[{number}] saetrain {' '.join(words)}", file=sys.stderr)
@@ -146,19 +166,24 @@ def _task(number: int, overrides: tuple[str, ...], compose: Callable[[], DictCon
 
 
 def _plan(args: Sequence[str]) -> None:
-    """Settings composed as for training, and nothing trained."""
-    many: list[TrainSettings] = []
+    """Settings composed as for training, and nothing trained or left behind."""
+    many, errors = list[TrainSettings](), list[SaetrainError]()
 
     def job(cfg: DictConfig) -> float:
-        many.append(settings_from(cfg))
+        try:
+            many.append(settings_from(cfg))
+        except SaetrainError as e:  # raised here, Hydra would print it, too
+            errors.append(e)
         return 0.0
 
     def together(jobs: Sequence[Composed]) -> list[float]:
-        many.extend(settings_from(compose()) for _, _, compose in jobs)
-        return [0.0] * len(jobs)
+        return [job(compose()) for _, _, compose in jobs]
 
     job.together = together  # type: ignore[attr-defined]
-    _hydra(job, args)
+    with TemporaryDirectory() as scratch:  # a sweep's multirun.yaml
+        _hydra(job, [*args, f"hydra.sweep.dir={scratch}"])
+    if errors:
+        raise errors[0]
     if many:  # none where Hydra only printed help or settings
         print(plan_table(many))
 
@@ -188,6 +213,13 @@ def _hydra(job: Callable[[DictConfig], float], args: Sequence[str]) -> None:
             )()
     except HydraException as e:
         raise ConfigError(_explain(e)) from None
+    except RuntimeError as e:
+        if "srun" not in str(e):  # submitit's: it has no error of its own for this
+            raise
+        raise ConfigError(
+            "hydra/launcher=slurm: this machine has no Slurm (srun is not found). Start the sweep "
+            "where sbatch works, or take hydra/launcher=box or fused"
+        ) from None
     except ValueError as e:
         if "Config group override" not in str(e):
             raise
@@ -208,6 +240,11 @@ def _explain(error: HydraException) -> str:
         return str(error)
     *parents, key = wrong[1].split(".")
     known = keys_at(TrainSettings, parents)
+    if key in known:
+        return (
+            f"'{wrong[1]}' is left out by the yaml that was chosen; add it with a plus: "
+            f"+{wrong[1]}=…"
+        )
     text = f"unknown key '{wrong[1]}'.{did_you_mean(key, known)}"
     if known:
         return f"{text} Known here: {', '.join(sorted(known))}"
@@ -215,25 +252,24 @@ def _explain(error: HydraException) -> str:
 
 
 def _status(args: Sequence[str]) -> None:
-    if len(args) != 1 or args[0].startswith("-"):
-        print(STATUS_HELP)
-        sys.exit(0 if {"-h", "--help"} & set(args) else 1)
-    print(status_table(Path(args[0])))
+    print(status_table(_folder(args, STATUS_HELP)))
 
 
 def _plots(args: Sequence[str]) -> None:
-    if len(args) != 1 or args[0].startswith("-"):
-        print(PLOTS_HELP)
-        sys.exit(0 if {"-h", "--help"} & set(args) else 1)
-    for file in write_plots(Path(args[0])):
+    for file in write_plots(_folder(args, PLOTS_HELP)):
         print(f"wrote {file}")
 
 
 def _report(args: Sequence[str]) -> None:
+    print(f"wrote {write_sweep(_folder(args, REPORT_HELP))}")
+
+
+def _folder(args: Sequence[str], usage: str) -> Path:
+    """The only argument; exits with `usage` if it is not there or not alone."""
     if len(args) != 1 or args[0].startswith("-"):
-        print(REPORT_HELP)
+        print(usage)
         sys.exit(0 if {"-h", "--help"} & set(args) else 1)
-    print(f"wrote {write_sweep(Path(args[0]))}")
+    return Path(args[0])
 
 
 def _evaluate(args: Sequence[str]) -> None:

@@ -196,5 +196,11 @@ def test_plan_tells_memory_and_hours_and_writes_nothing(here: Path, capsys) -> N
     assert run("plan", "store=store", "hooks=all", *QUIET) == 0
     assert "2 runs" in capsys.readouterr().out
     assert run("plan", "store=nowhere", *QUIET) == 1
-    left = {p for p in here.rglob("*") if ".sweeps" not in str(p)} - before - {here / "runs"}
-    assert left == set()
+    capsys.readouterr()
+    assert run("plan", *QUIET) == 1
+    assert capsys.readouterr().err == (
+        "error: missing: store. Give the path of a store made by actcache, store=PATH\n"
+    )
+    assert run("plan", *FUSED, "sae.k=4,100") == 1
+    assert capsys.readouterr().err.startswith("error: sae.k=100 is larger than")
+    assert set(here.rglob("*")) == before

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_a_missing_plugin_is_named(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["+experiment=topk_demo", "hydra/launcher=ray_cluster"])
     assert "pip install hydra-ray-launcher" in capsys.readouterr().err
+
+
+def test_a_machine_without_slurm_is_told_so(capsys, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    if shutil.which("srun") is not None:
+        pytest.skip("Slurm is here")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["-m", "store=x", "sae.k=2,4", "hydra/launcher=slurm"])
+    assert "this machine has no Slurm (srun is not found)" in capsys.readouterr().err
 
 
 # F117: submitit's local executor and joblib run, each job in a process of its own.

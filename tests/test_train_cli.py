@@ -20,6 +20,7 @@ from saetrain.cli import config_dir, main, settings_from
 from saetrain.evals.run import EVAL
 from saetrain.saes import make_config
 from saetrain.settings import TrainSettings
+from saetrain.trainer import Trainer
 
 SMALL = (
     "sae.n_latents=48",
@@ -320,6 +321,7 @@ def test_help_explains(here: Path, capsys) -> None:
         (("batch_tokens=4096",), "batch_tokens=4,096 is more than"),
         (("wandb.mode=on",), "wandb.mode: expected one of"),
         (("tokens",), "missing EQUAL"),
+        (("optim.momentum=0.9",), "add it with a plus: +optim.momentum=…"),
     ],
 )
 def test_bad_input_is_one_clear_message(here: Path, capsys, args: tuple, message: str) -> None:
@@ -336,3 +338,24 @@ def test_evaluate_says_what_it_needs(here: Path, capsys, args: tuple) -> None:
     assert run("evaluate", *args) == 1
     out = capsys.readouterr()
     assert "RUN_DIR" in out.out + out.err or "is not a run folder" in out.err
+
+
+def test_a_misspelt_command_is_named(capsys) -> None:
+    assert run("sweepstatus", "runs") == 1
+    assert "'sweepstatus' is no command. Did you mean sweep-status?" in capsys.readouterr().err
+
+
+def test_a_launcher_without_a_sweep_has_no_effect(here: Path, capsys) -> None:
+    assert run("store=store", "hydra/launcher=fused", *QUIET) == 0
+    assert "hydra/launcher=fused has no effect without -m" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_says_what_to_do(here: Path, capsys) -> None:
+    def train_step(self, batch):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", train_step)
+        assert run("store=store", *QUIET) == 130
+    err = capsys.readouterr().err
+    assert err.endswith("interrupted: run the same command again to continue\n")
