@@ -76,12 +76,13 @@ class Job:
         """Input hooks first, in the order of the job's own stream."""
         return tuple(dict.fromkeys((*self.source.hooks_in, *self.source.hooks_out)))
 
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device, warn: Callable[[str], None]) -> None:
         """Make the SAE, claim the folder, continue from the newest checkpoint."""
         torch.manual_seed(self.settings.seed)
         trainer = Trainer(self.settings, self.source, device)
         self.record |= trainer.facts
-        self.logger = self._open.enter_context(running(trainer, self.record, bar=False))
+        held = running(trainer, self.record, bar=False, warn=warn)
+        self.logger = self._open.enter_context(held)
         self.trainer, self.first = trainer, trainer.step
         if trainer.step:
             self.place = self.source.train.state_dict()
@@ -165,8 +166,9 @@ class Lockstep:
     def run(self) -> None:
         """Train, then evaluate. Each job ends with a result or a reason; Interrupted on Ctrl-C."""
         try:
+            said = set[str]()
             for job in self.jobs:
-                self._attempt(job, lambda j=job: j.start(self.device))  # type: ignore[misc]
+                self._attempt(job, partial(job.start, self.device, partial(_say_once, said)))
             self._begin()
             with self._many() as self.workers:
                 try:
@@ -359,6 +361,13 @@ def _whole(settings: TrainSettings) -> bool:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def _say_once(said: set[str], message: str) -> None:
+    """What many jobs of a group would say in the same words."""
+    if message not in said:
+        said.add(message)
+        say(message)
 
 
 def _nothing(message: str) -> None:

@@ -61,17 +61,6 @@ def schedule_factor(step: int, n_steps: int, settings: ScheduleSettings) -> floa
     return min(1.0, up) * min(1.0, down)
 
 
-def advice(optim: OptimSettings, schedule: ScheduleSettings) -> str | None:
-    """What to say of an optimizer and a schedule that do not go together; None if they do."""
-    if optim.name != "schedulefree" or schedule.decay_fraction == 0:
-        return None
-    return (
-        f"optim.name=schedulefree averages instead of decaying, and schedule.decay_fraction="
-        f"{schedule.decay_fraction:g} lowers its rate all the same; "
-        "schedule=constant is meant for it"
-    )
-
-
 class Optimizer:
     """Steps the parameters of one SAE, in groups that differ in their learning-rate factor."""
 

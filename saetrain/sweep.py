@@ -22,7 +22,7 @@ import torch
 
 from actcache.store.errors import ActcacheError
 from saetrain import plan, runs
-from saetrain.errors import SaetrainError
+from saetrain.errors import ConfigError, SaetrainError
 from saetrain.expand import expand
 from saetrain.kept import Kept, Purse
 from saetrain.lockstep import Job, Lockstep
@@ -36,6 +36,10 @@ from saetrain.workers import how_many
 # Settings that say which batches there are, and on what device.
 _STREAM = ("source", "live", "batch_tokens", "seed", "held_out_fraction", "stream", "device")
 _STORE = ("source", "store", "stores", "mix", "snapshot")
+_TAKEN = (
+    "{} is the folder of another job of this sweep, which differs in its store only. Give each "
+    "store a folder of its own, such as 'runs_dir=runs/${{store}}'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +69,46 @@ def train_together(many: Sequence[TrainSettings]) -> list[Outcome]:
     opener, found = Opener(), list[Outcome | Opened]()
     for item in _each(many):
         found.append(item if isinstance(item, Outcome) else _opened(opener, item))
-    at: dict[str, int] = {}  # run folder -> the first job that trains it
-    for i, job in enumerate(found):
-        if isinstance(job, Opened) and at.setdefault(str(job.settings.run_dir), i) != i:
-            say(f"{job.settings.run_dir.name} is asked for twice and trained once")
-    numbers = list(at.values())
-    jobs = [job for i in numbers if isinstance(job := found[i], Opened)]
+    found = _each_folder_once(found)
     done: dict[str, Outcome] = {}
-    for group in grouped(jobs):
-        done |= _train_group([jobs[i] for i in group])
+    jobs: list[tuple[Opened, Job]] = []
+    for opened in {str(o.settings.run_dir): o for o in found if isinstance(o, Opened)}.values():
+        job = _job(opened)
+        if isinstance(job, Job):
+            jobs.append((opened, job))
+        else:
+            done[str(opened.settings.run_dir)] = job
+    for group in grouped([opened for opened, _ in jobs]):
+        together = [jobs[i][1] for i in group]
+        _train_group(together, jobs[group[0]][0].device)
+        done |= {str(j.settings.run_dir): _outcome(j) for j in together}
     return [j if isinstance(j, Outcome) else done[str(j.settings.run_dir)] for j in found]
+
+
+def _each_folder_once(found: Sequence[Outcome | Opened]) -> list[Outcome | Opened]:
+    """Equal runs share a folder, and are trained once; other rows in the same folder are refused.
+
+    The store's path is no part of a folder's name, so that stores may move.
+    """
+    first: dict[str, Opened] = {}
+    kept: list[Outcome | Opened] = []
+    for job in found:
+        if isinstance(job, Outcome):
+            kept.append(job)
+            continue
+        other = first.setdefault(str(job.settings.run_dir), job)
+        if other is not job and _rows(other.source) != _rows(job.source):
+            kept.append(_dropped(job.settings, ConfigError(_TAKEN.format(job.settings.run_dir))))
+            continue
+        if other is not job:
+            say(f"{job.settings.run_dir.name} is asked for twice and trained once")
+        kept.append(other)
+    return kept
+
+
+def _rows(source: Source) -> Any:
+    """What tells stores apart wherever they lie; those of one identity may differ in length."""
+    return source.ids(), source.train.n_rows
 
 
 def _each(many: Sequence[TrainSettings]) -> Iterator[TrainSettings | Outcome]:
@@ -179,7 +213,8 @@ def _fitting(jobs: Sequence[Opened]) -> list[list[int]]:
         parts = {k: plan.gb(v) for k, v in asdict(memory).items()}
         rows.append({"runs": len(group), "memory": plan.gb(memory.total), **parts})
         if memory.total > limit:
-            say(f"warning: {plan.gb(memory.total)} is more than that; trying it alone")
+            name = jobs[group[0]].settings.run_name
+            say(f"warning: {name} needs {plan.gb(memory.total)}, more than that; trying it alone")
     say(table(rows))
     return groups
 
@@ -214,19 +249,14 @@ def _order(stream: BatchStream) -> list[str]:
     return [hashlib.sha256(u.tobytes()).hexdigest() for u in units if u is not None]
 
 
-def _train_group(group: Sequence[Opened]) -> dict[str, Outcome]:
-    """Outcomes by run folder."""
-    found: list[Outcome | Job] = [_job(opened) for opened in group]
-    jobs = [job for job in found if isinstance(job, Job)]
-    if jobs:
-        device = group[0].device
-        with own_generator(group[0].settings.seed, device):
-            Lockstep(jobs, _common(jobs, device), device).run()
-    outcomes = [
-        Outcome(settings=j.settings, result=j.result, reason=j.reason) if isinstance(j, Job) else j
-        for j in found
-    ]
-    return {str(outcome.settings.run_dir): outcome for outcome in outcomes}
+def _train_group(jobs: Sequence[Job], device: torch.device) -> None:
+    """Each ends with a result or a reason."""
+    with own_generator(jobs[0].settings.seed, device):
+        Lockstep(jobs, _common(jobs, device), device).run()
+
+
+def _outcome(job: Job) -> Outcome:
+    return Outcome(settings=job.settings, result=job.result, reason=job.reason)
 
 
 def _job(opened: Opened) -> Job | Outcome:

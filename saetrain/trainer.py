@@ -10,7 +10,7 @@ interrupted anywhere and continued gives the same weights and the same metric ro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from saetrain import checkpoint as ckpt
 from saetrain import hopeless, runs
+from saetrain.advice import advice, advice_alone
 from saetrain.compiling import compiled
 from saetrain.errors import ConfigError, TrainingError
 from saetrain.evals import run as evals
@@ -28,7 +29,7 @@ from saetrain.hopeless import HopelessRun
 from saetrain.interrupt import Interrupted, stop_flag
 from saetrain.log import Logger, say
 from saetrain.micro import backward
-from saetrain.optim import Optimizer, advice, schedule_factor
+from saetrain.optim import Optimizer, schedule_factor
 from saetrain.runs import BatchStream, Source
 from saetrain.saes import make_sae
 from saetrain.saes.base import Losses, Progress
@@ -68,6 +69,8 @@ def train(
             "train: hooks, layers and layer_stride train one SAE a hook. Call "
             "saetrain.sweep.train_together([settings]), or give one hook"
         )
+    for word in advice_alone(settings):
+        say(word)
     device = runs.resolve_device(settings.device)
     settings, source = runs.sources(settings, stream, held_out, device)
     with own_generator(settings.seed, device):
@@ -91,7 +94,13 @@ def _train(settings: TrainSettings, source: Source, device: torch.device) -> Tra
 
 
 @contextmanager
-def running(trainer: Trainer, record: Mapping[str, Any], *, bar: bool = True) -> Iterator[Logger]:
+def running(
+    trainer: Trainer,
+    record: Mapping[str, Any],
+    *,
+    bar: bool = True,
+    warn: Callable[[str], None] = say,
+) -> Iterator[Logger]:
     """Hold the run's folder, write what describes it, continue where an earlier call stopped."""
     settings = trainer.settings
     with runs.claimed(settings.run_dir, fresh=settings.fresh):
@@ -99,9 +108,8 @@ def running(trainer: Trainer, record: Mapping[str, Any], *, bar: bool = True) ->
         runs.write_json(settings.run_dir / runs.CONFIG, settings.to_dict())
         runs.write_json(settings.run_dir / runs.RUN, {**record, "status": "running"})
         trainer.resume()
-        trainer.warn_if_none_can_die()
-        if (word := advice(settings.optim, settings.schedule)) is not None:
-            say(word)
+        for word in advice(settings, trainer.sae.cfg.dead_after_tokens, trainer.n_steps):
+            warn(word)
         with trainer.logger(bar=bar) as logger:
             yield logger
 
@@ -333,15 +341,6 @@ class Trainer:
         self.step, self.seconds = saved.step, saved.facts["seconds"]
         say(f"continuing {run_dir} at step {self.step:,} of {self.n_steps:,}")
         return self.step
-
-    def warn_if_none_can_die(self) -> None:
-        """Say so if training ends before any latent can be silent for long enough."""
-        limit, total = self.sae.cfg.dead_after_tokens, self.n_steps * self.settings.batch_tokens
-        if limit >= total:
-            say(
-                f"sae.dead_after_tokens={limit:,} has no effect in a run of {total:,} tokens: no "
-                "latent will count as dead during training"
-            )
 
     def finish(self, record: Mapping[str, Any], *, progress: bool) -> dict[str, Any]:
         """Save the inference SAE, evaluate it on held-out documents, write eval.json.

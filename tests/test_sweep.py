@@ -254,6 +254,54 @@ def test_the_same_run_twice_is_trained_once(store: Path, tmp_path: Path, capsys)
     assert "asked for twice" in capsys.readouterr().err
 
 
+def test_two_stores_cannot_share_a_folder(store: Path, tmp_path: Path) -> None:
+    """Their path is not in a folder's name: the second must not get the result of the first."""
+    planted_store(tmp_path / "other", segments=(512,))
+    shutil.copytree(store, tmp_path / "moved")
+    many = [
+        settings(path, tmp_path / "runs", tokens=64 * 4)
+        for path in (store, tmp_path / "other", tmp_path / "moved")
+    ]
+    a, b, c = train_together(many)
+    assert a.result is c.result is not None  # the same store in another place
+    assert b.result is None
+    assert "'runs_dir=runs/${store}'" in str(b.reason)
+
+
+def test_finished_jobs_take_no_place_in_a_group(store: Path, tmp_path: Path, capsys) -> None:
+    def made(k: int) -> TrainSettings:
+        changes = {"sae": SAE | {"k": k}, "tokens": 64 * 4}
+        return settings(store, tmp_path, **changes, fused={"memory_gb": 1e-4})
+
+    train(made(3))
+    capsys.readouterr()
+    outcomes = train_together([made(2), made(3), made(4)])
+    assert [o.result.trained_steps for o in outcomes] == [4, 0, 4]
+    told = capsys.readouterr().err
+    assert "2 runs share a stream" in told
+    names = [o.settings.run_name for o in outcomes]
+    assert f"warning: {names[0]} needs" in told  # each alone is more than 0.1 MB
+    assert f"warning: {names[2]} needs" in told
+    assert train_together([made(2), made(3), made(4)])[2].result.trained_steps == 0
+    assert "share a stream" not in capsys.readouterr().err
+
+
+def test_what_all_jobs_would_say_is_said_once(store: Path, tmp_path: Path, capsys) -> None:
+    sae = SAE | {"dead_after_tokens": 10_000}
+    many = [settings(store, tmp_path, sae=sae | {"k": k}, tokens=64 * 4) for k in (2, 3)]
+    train_together(many)
+    assert capsys.readouterr().err.count("sae.dead_after_tokens=10,000 has no effect") == 1
+
+
+def test_settings_of_a_group_have_no_effect_alone(store: Path, tmp_path: Path, capsys) -> None:
+    cfg = settings(store, tmp_path, tokens=64 * 2, fused={"stack": True, "workers": 2})
+    train(cfg)
+    told = capsys.readouterr().err
+    assert "fused.stack=True has no effect: this SAE is trained alone" in told
+    assert "fused.workers=2 has no effect" in told
+    assert "fused.memory_gb" not in told
+
+
 def test_kept_rows_are_read_once_and_errors_are_not_lost(store: Path, tmp_path: Path) -> None:
     source = Opener().open(settings(store, tmp_path)).source
     plain = [b.acts["resid.2"] for b in source.train.one_pass()]
