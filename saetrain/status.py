@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from saetrain import plan
+from saetrain.differing import flat, names
 from saetrain.errors import ConfigError
 from saetrain.evals.run import EVAL
 from saetrain.expand import expand
 from saetrain.log import METRICS, read_metrics, table
-from saetrain.runs import LOCK, RUN, read_json
+from saetrain.runs import CONFIG, LOCK, RUN, read_json
 from saetrain.settings import TrainSettings
-from saetrain.sweep import Opener, grouped
+from saetrain.sweep import Opened, Opener, grouped
 from saetrain.trainer import n_steps
 
 
@@ -27,10 +28,12 @@ def statuses(folder: Path) -> list[dict[str, Any]]:
     """One row for each run below `folder`, by name. ConfigError if there is no such folder."""
     if not folder.is_dir():
         raise ConfigError(f"sweep-status: {folder} is not a folder")
-    return [_status(record.parent, folder) for record in sorted(folder.rglob(RUN))]
+    dirs = [record.parent for record in sorted(folder.rglob(RUN))]
+    named = names([flat(read_json(d / CONFIG)) for d in dirs])
+    return [_status(d, folder, name) for d, name in zip(dirs, named, strict=True)]
 
 
-def _status(run_dir: Path, folder: Path) -> dict[str, Any]:
+def _status(run_dir: Path, folder: Path, name: str) -> dict[str, Any]:
     record, final = read_json(run_dir / RUN), read_json(run_dir / EVAL)
     last: dict[str, Any] = {}
     for row in read_metrics(run_dir / METRICS):
@@ -41,6 +44,7 @@ def _status(run_dir: Path, folder: Path) -> dict[str, Any]:
     finished = state == "finished"
     return {
         "run": str(run_dir.relative_to(folder)),
+        "settings": name,
         "state": state,
         "step": last.get("step", 0),
         "of": record.get("n_steps"),
@@ -70,7 +74,14 @@ def status_table(folder: Path) -> str:
     if not rows:
         return f"no runs below {folder}"
     counts = {s: sum(r["state"] == s for r in rows) for s in sorted({r["state"] for r in rows})}
+    rows = _without_empty(rows, ("settings", "reason"))
     return f"{table(rows)}\n\n" + ", ".join(f"{n} {state}" for state, n in counts.items())
+
+
+def _without_empty(rows: list[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Without those of `columns` in which no row has anything."""
+    empty = {c for c in columns if not any(r[c] for r in rows)}
+    return [{k: v for k, v in r.items() if k not in empty} for r in rows]
 
 
 def plan_table(many: Sequence[TrainSettings]) -> str:
@@ -80,27 +91,29 @@ def plan_table(many: Sequence[TrainSettings]) -> str:
     """
     opener = Opener()
     jobs = [opener.open(one) for settings in many for one in expand(settings)]
-    rows: list[dict[str, Any]] = []
-    for job in jobs:
-        needed = plan.memory(job.settings, job.source)
-        step, steps = (
-            plan.probe(job.settings, job.source, job.device),
-            n_steps(job.settings, job.source.train),
-        )
-        rows.append(
-            {
-                "run": job.settings.run_name,
-                "memory": plan.gb(needed.total),
-                **{k: plan.gb(v) for k, v in vars(needed).items() if k != "held_out"},
-                "steps": steps,
-                "s/step": step,
-                "hours": round(step * steps / 3600, 4),
-            }
-        )
+    named = names([flat(job.settings.to_dict()) for job in jobs])
+    rows = [_needs(job, name) for job, name in zip(jobs, named, strict=True)]
     groups = grouped(jobs)
-    hours = sum(row["hours"] for row in rows)
+    hours, n = sum(row["hours"] for row in rows), len(jobs)
     return (
-        f"{table(rows)}\n\n{len(jobs)} runs, {hours:.3g} hours of training steps; "
+        f"{table(_without_empty(rows, ('settings',)))}\n\n"
+        f"{n} run{'s' * (n > 1)}, {hours:.3g} hours of training steps; "
         f"fused: {len(groups)} group{'s' * (len(groups) > 1)} that read the store once each. "
         "Steps were timed on random rows; reading, evaluation and reports come on top"
     )
+
+
+def _needs(job: Opened, name: str) -> dict[str, Any]:
+    """A row of the plan."""
+    needed = plan.memory(job.settings, job.source)
+    step = plan.probe(job.settings, job.source, job.device)
+    steps = n_steps(job.settings, job.source.train)
+    return {
+        "run": job.settings.run_name,
+        "settings": name,
+        "memory": plan.gb(needed.total),
+        **{k: plan.gb(v) for k, v in vars(needed).items() if k != "held_out"},
+        "steps": steps,
+        "s/step": step,
+        "hours": step * steps / 3600,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,19 +160,23 @@ def test_sweep_status(here: Path, capsys) -> None:
     assert run("sweep-status", "runs") == 0
     out = capsys.readouterr().out
     assert "1 failed, 1 finished, 1 interrupted" in out
-    lines = {line.split()[1]: line.split() for line in out.splitlines() if "topk_demo-" in line}
+    cells = [re.split("  +", line) for line in out.splitlines() if "topk_demo-" in line]
+    lines = {row[2]: row for row in cells}
+    assert "optim.lr=0.001" in lines["finished"][1]
+    assert "optim.lr=1e+30" in lines["failed"][1]
     (finished,) = [p for p in made().values() if (p / EVAL).exists()]
     final = json.loads((finished / EVAL).read_text())
-    assert lines["finished"][2:4] == ["30", "30"]
-    assert float(lines["finished"][5]) == pytest.approx(final["fve"], abs=1e-4)
-    assert float(lines["finished"][6]) == pytest.approx(final["l0"], abs=1e-2)
+    assert lines["finished"][3:5] == ["30", "30"]
+    assert float(lines["finished"][6]) == pytest.approx(final["fve"], abs=1e-4)
+    assert float(lines["finished"][7]) == pytest.approx(final["l0"], abs=1e-2)
     assert "diverged" in " ".join(lines["failed"])
     (cut,) = [p for n, p in made().items() if n.startswith("cut")]
     with runs.claimed(cut, fresh=False):
         assert run("sweep-status", "runs") == 0
-    told = next(line.split() for line in capsys.readouterr().out.splitlines() if "cut-" in line)
-    assert told[1:4] == ["running", "8", "30"]
-    assert float(told[5]) == pytest.approx(rows(cut)[-1]["fve"], abs=1e-3)
+    out = capsys.readouterr().out
+    told = next(re.split("  +", line) for line in out.splitlines() if "cut-" in line)
+    assert told[2:5] == ["running", "8", "30"]
+    assert float(told[6]) == pytest.approx(rows(cut)[-1]["fve"], abs=1e-3)
     assert run("sweep-status", "nowhere") == 1
     assert "nowhere is not a folder" in capsys.readouterr().err
     assert run("sweep-status") == 1
@@ -193,6 +198,10 @@ def test_plan_tells_memory_and_hours_and_writes_nothing(here: Path, capsys) -> N
         adam = f"{8 * p / 1e6:.2f}"
         assert any(adam in line for line in lines), (adam, lines)
     assert all("30" in line for line in lines)
+    assert [line[1:3] for line in lines] == [
+        [f"sae.n_latents={f}", f"sae.k={k}"] for f in (32, 48) for k in (2, 4)
+    ]
+    assert all(0 < float(line[-1]) < 1 for line in lines)  # hours of a few milliseconds are not 0
     assert run("plan", "store=store", "hooks=all", *QUIET) == 0
     assert "2 runs" in capsys.readouterr().out
     assert run("plan", "store=nowhere", *QUIET) == 1

@@ -12,7 +12,8 @@ from training import planted_store, settings
 
 from saetrain import train
 from saetrain.cli import main
-from saetrain.dashboard.sweep import differing, flat, sweep_data, thinned, write_sweep
+from saetrain.dashboard.sweep import sweep_data, thinned, write_sweep
+from saetrain.differing import differing, flat, names
 from saetrain.errors import ConfigError
 from saetrain.hopeless import HopelessRun
 
@@ -185,6 +186,11 @@ def test_what_differs() -> None:
     assert differing([one, two]) == ["a.b"]
     assert differing([one, {**two, "f": 3}]) == ["a.b", "f"]
     assert differing([one]) == []
+    assert names([one, two | {"f": "x"}]) == ["a.b=1", "a.b=2 f=x"]
+    assert names([one]) == [""]
+    assert names([{"z": 1, "a": 2}, {"a": 3}]) == ["a=2 z=1", "a=3"]
+    long = names([{"a": "x" * 100}, {"a": 1.5, "l": [1, 2]}])
+    assert long == ["a=" + "x" * 69 + "…", "a=1.5 l=[1,2]"]
 
 
 def test_long_curves_are_thinned_and_keep_their_end() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from saetrain.dashboard.report import plain, write_text
+from saetrain.differing import differing, flat
 from saetrain.errors import ConfigError
 from saetrain.evals.run import EVAL
 from saetrain.log import METRICS, read_metrics
@@ -29,11 +30,6 @@ from saetrain.status import statuses
 
 PAGE = "sweep.html"
 _POINTS = 150  # of a curve
-# Settings that do not decide the numbers, or that differ because the others do.
-_ASIDE = (
-    *("runs_dir", "sae_name", "sae_series", "wandb", "progress", "report", "fresh", "store"),
-    *("log_every", "checkpoint", "device", "early_stop", "saes_path", "metrics_path", "fused"),
-)
 _FIRST = ("fve", "l0", "mse", "dead")  # of the columns and of the choices for the axes
 # More is better; of all other numbers less is, or it does not matter.
 _MORE = ("fve", "explained", "recovered", "cosine", "tokens_per_s", "f1", "accuracy")
@@ -71,12 +67,6 @@ def sweep_data(title: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Dotted settings whose values are not the same in all of `configs`, in their order."""
-    keys = dict.fromkeys(k for c in configs for k in c if k.split(".")[0] not in _ASIDE)
-    return [k for k in keys if len({json.dumps(c.get(k)) for c in configs}) > 1]
-
-
 def _run(folder: Path, state: Mapping[str, Any], beside: Path) -> dict[str, Any]:
     """One run: name, state, flat settings, numbers, curves, and where its own page is."""
     run_dir = folder / state["run"]
@@ -111,9 +101,10 @@ def _last(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _numbers(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of numbers, the usual ones first, then those that differ between runs."""
+    """Names of numbers, the usual ones first, then those that differ between evaluated runs."""
     names = dict.fromkeys(n for r in runs for n in (*r["numbers"], *r["logged"]))
-    varied = [n for n in names if len({r["numbers"].get(n) for r in runs}) > 1]
+    evaluated = [r["numbers"] for r in runs if r["numbers"]]
+    varied = [n for n in names if len({e.get(n) for e in evaluated}) > 1]
     first = [n for n in _FIRST if n in names]
     return first + [n for n in varied if n not in first]
 
@@ -124,17 +115,6 @@ def thinned(rows: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
     stride = max(1, math.ceil(len(known) / _POINTS))
     last = known[-1:] if (len(known) - 1) % stride else []
     return known[::stride] + last
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one of dotted keys."""
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping) and inner:
-            found |= flat(inner, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = inner
-    return found
 
 
 def _is_number(value: Any) -> bool:
