@@ -136,8 +136,8 @@ def sum_latents(
     channel = tl.program_id(1) * C + tl.arange(0, C)
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
     first_window, past_window = (begin + S - 1) // S, end // S
-    head = tl.minimum(end, first_window * S) - begin
-    tail_begin = tl.maximum(begin + head, past_window * S)
+    # Loose are those before the first window and after the last; without one, all before it.
+    head, tail_begin = first_window * S - begin, tl.maximum(first_window, past_window) * S
     n_loose = head + end - tail_begin
     total = tl.zeros((R, C), dtype=tl.float32)
     for first in range(0, n_loose, R):
