@@ -30,6 +30,9 @@ from actcache.demo.train_host import END_OF_TEXT, train_tokenizer
 from actcache.host import HostSettings, new_causal_lm, save_host
 from actcache.run import CacheSettings
 from actcache.sources import DataSettings
+from saetrain.kernels import cpu
+from saetrain.native import SWITCH
+from saetrain.stream import hot
 
 torch.set_num_threads(1)
 
@@ -55,6 +58,17 @@ def one_thread() -> Iterator[None]:
     """Whatever a test did: OpenMP's team does not survive a fork, and other tests fork."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine without a C compiler."""
+    monkeypatch.setenv(SWITCH, "0")
+    for compiled in (cpu.compiled, hot.compiled):
+        compiled.cache_clear()
+    yield
+    for compiled in (cpu.compiled, hot.compiled):
+        compiled.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

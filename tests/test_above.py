@@ -68,7 +68,12 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("n_latents", [7, 64, 100])
-def test_everything_above_the_floor_is_found_in_order(n_latents: int) -> None:  # F118
+@pytest.mark.parametrize("compiled", [True, False])
+def test_everything_above_the_floor_is_found_in_order(
+    n_latents: int, compiled: bool, request: pytest.FixtureRequest
+) -> None:  # F118
+    if not compiled:
+        request.getfixturevalue("uncompiled")
     torch.manual_seed(n_latents)
     h_BF, floor_F = torch.randn(9, n_latents), torch.randn(n_latents)
     h_BF[2], h_BF[3, 5], h_BF[4] = -9.0, torch.nan, floor_F  # none; kept; equal is not above
@@ -78,7 +83,10 @@ def test_everything_above_the_floor_is_found_in_order(n_latents: int) -> None:  
         for i in range(n_latents)
         if not h_BF[b, i] <= floor_F[i]
     ]
-    assert above(h_BF, floor_F).tolist() == want
+    values, latents, counts = above(h_BF, floor_F)
+    at = torch.arange(9).repeat_interleave(counts) * n_latents + latents
+    assert at.tolist() == want
+    assert torch.equal(values.nan_to_num(), h_BF.flatten()[at].nan_to_num())
     assert 3 * n_latents + 5 in want
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from saetrain.activations import BatchTopK, BatchTopKConfig
 from saetrain.init import transposed
-from saetrain.kernels import adam, cpu, encode, latents, rows
-from saetrain.kernels.batchtopk import encode_batchtopk, ragged
+from saetrain.kernels import adam, encode, latents, rows
+from saetrain.kernels.batchtopk import Best, encode_batchtopk
 from saetrain.kernels.decode import decode, input_bias
 from saetrain.kernels.encode import encode_topk, pieces
 from saetrain.kernels.gemm import product
 from saetrain.kernels.latents import dot_rows, sum_by_latent
 from saetrain.kernels.rows import project_rows_, renormalise_rows_
 from saetrain.kernels.topk import exact_topk
-from saetrain.native import SWITCH
 
 
 def same_choice(h_BF: Tensor, values: Tensor, indices: Tensor, k: int) -> None:
@@ -26,15 +23,6 @@ def same_choice(h_BF: Tensor, values: Tensor, indices: Tensor, k: int) -> None:
     assert torch.equal(h_BF.gather(1, indices), values)
     assert all(len(set(row)) == k for row in indices.tolist())
     assert torch.equal(values.sort(1)[0], h_BF.topk(k)[0].sort(1)[0])
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine without a C compiler."""
-    monkeypatch.setenv(SWITCH, "0")
-    cpu.compiled.cache_clear()
-    yield
-    cpu.compiled.cache_clear()
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -244,20 +232,31 @@ def test_adam_in_memory_order_is_adam(name: str) -> None:  # F118
         torch.testing.assert_close(value, mine.state[ours][key], rtol=1e-6, atol=1e-9)
 
 
-def test_the_ragged_list_holds_the_largest_of_the_batch() -> None:
+@pytest.mark.parametrize("step", [1, 2, 9])  # tokens that come at once
+@pytest.mark.parametrize("keep", [1, 40, 3200, 9 * 700])  # the last: more than are above 0
+def test_the_largest_of_what_comes_in_pieces(step: int, keep: int) -> None:  # F118
     torch.manual_seed(10)
     h_BF = torch.randn(9, 700)
     h_BF[4] = -1  # nothing fires there
-    values, indices, offsets = ragged(h_BF, 40)
-    got = torch.zeros(9, 700)
-    for b in range(9):
-        slots = slice(offsets[b], offsets[b + 1])
-        got[b, indices[slots]] = values[slots]
-    want = h_BF * (h_BF >= h_BF.flatten().sort(descending=True)[0][39])
-    assert torch.equal(got, want)
-    assert offsets[0] == 0
-    assert offsets[4] == offsets[5]
-    assert offsets[-1] == len(values) == 40
+    best = Best(keep)
+    for first in range(0, 9, step):
+        best.add(h_BF[first : first + step], first * 700)
+    values, indices, used = best.slots(9, 700)
+    floor = h_BF.flatten().sort(descending=True)[0][keep - 1].clamp(min=1e-9)
+    want = h_BF * (h_BF >= floor)
+    assert torch.equal(torch.zeros(9, 700).scatter_add_(1, indices, values), want)
+    assert int(used.sum()) == int(want.count_nonzero()) == min(keep, int((h_BF > 0).sum()))
+    assert not values[~used].any()
+
+
+def test_what_is_no_number_is_kept() -> None:
+    best, h_BF = Best(3), torch.randn(4, 50)
+    h_BF[1, 7] = torch.nan
+    for i, row in enumerate(h_BF):
+        best.add(row[None], i * 50)
+    values, indices, _ = best.slots(4, 50)
+    assert values[1].isnan().sum() == 1
+    assert indices[1][values[1].isnan()].tolist() == [7]
 
 
 @pytest.mark.parametrize("bf16", [False, True])

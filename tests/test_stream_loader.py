@@ -16,8 +16,7 @@ from stores import make_store
 from actcache.store import DamagedError, StoreError
 from actcache.store.shard import scratch
 from saetrain.errors import ConfigError
-from saetrain.native import SWITCH
-from saetrain.stream import Stream, hot
+from saetrain.stream import Stream
 from saetrain.stream import loader as loading
 from saetrain.stream import stream as streams
 
@@ -184,10 +183,10 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_named(tmp_path, how):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
-@pytest.mark.parametrize("compile_", ["0", "1"])
-def test_direct_reading_gives_the_same_batches(tmp_path, monkeypatch, dtype, compile_):
-    monkeypatch.setenv(SWITCH, compile_)
-    hot.compiled.cache_clear()
+@pytest.mark.parametrize("compiled", [True, False])
+def test_direct_reading_gives_the_same_batches(tmp_path, request, dtype, compiled):
+    if not compiled:
+        request.getfixturevalue("uncompiled")
     snapshot = make_store(tmp_path / "s", hooks={"resid.2": 24}, dtype=dtype).snapshot()
 
     def some(direct):
@@ -195,7 +194,6 @@ def test_direct_reading_gives_the_same_batches(tmp_path, monkeypatch, dtype, com
         return [b.acts["resid.2"].clone() for b in islice(stream, 30)]
 
     assert all(torch.equal(a, b) for a, b in zip(some(True), some(False), strict=True))
-    hot.compiled.cache_clear()
 
 
 def reader_and_chunks(tmp_path, rows):
@@ -276,9 +274,8 @@ def test_neighbouring_chunks_are_read_at_once(tmp_path, monkeypatch):
         reader.read_run(range(2, n), buffer, reader.open())
 
 
+@pytest.mark.usefixtures("uncompiled")  # reads that Python can count
 def test_a_stream_reads_runs_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv(SWITCH, "0")  # reads that Python can count
-    hot.compiled.cache_clear()
     snapshot = make_store(tmp_path / "s", segments=(2048,) * 2).snapshot()
     calls = {}
     for run_chunks in (1, 4):
@@ -297,4 +294,3 @@ def test_a_stream_reads_runs_at_once(tmp_path, monkeypatch):
             list(islice(stream, 48))
         calls[run_chunks] = len(asked)
     assert calls[4] < calls[1] / 2
-    hot.compiled.cache_clear()

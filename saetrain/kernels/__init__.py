@@ -10,7 +10,8 @@ latents.py  what all backwards are made of: dot products and sums over the slots
 rows.py     unit-norm rows and projected gradients in one pass over memory
 triton_*.py the same on CUDA
 
-Without a C compiler all of it is torch operations, slower. Everything has a plain twin of a few lines, named in its docstring, and a test that they are equal.
+Without a C compiler all of it is torch operations, slower. Everything has a plain twin of a few
+lines, named in its docstring, and a test that they are equal.
 Architectures use `saetrain.codes`; it decides which of these to call.
 
 Shapes: B tokens, D input width, E output width, F latents, K slots a token, A auxiliary slots.

@@ -23,10 +23,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saetrain.kernels.encode import LEAST, Slots, decide, encode_with, pieces, surplus
+from saetrain.kernels import cpu
+from saetrain.kernels.encode import LEAST, Slots, dead_slots, encode_with, pieces
 from saetrain.kernels.gemm import product
 from saetrain.kernels.latents import dot_pairs
-from saetrain.kernels.topk import exact_topk
 
 DENSE = 1 / 16  # share of the latents from which on a matrix product is cheaper (measured)
 
@@ -57,9 +57,21 @@ def encode_above(
     return slots, used, aux
 
 
-def above(h_BF: Tensor, floor_F: Tensor) -> Tensor:
-    """(n,) places in h laid end to end, ascending, where h is not at most the floor."""
-    found_BF = h_BF.le(floor_F).logical_not_()
+def above(h_BF: Tensor, floor_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, latents, counts): what is not at most its floor, token after token, as one list.
+
+    values and latents are (n,), counts (B,) how many a token has. The floor may be (1,).
+    """
+    if cpu.takes(h_BF, floor_F):
+        return cpu.above(h_BF, floor_F)
+    at = _places(h_BF.le(floor_F).logical_not_())
+    token = at // h_BF.shape[1]
+    counts = torch.bincount(token, minlength=len(h_BF))
+    return h_BF.reshape(-1)[at], at - token * h_BF.shape[1], counts
+
+
+def _places(found_BF: Tensor) -> Tensor:
+    """(n,) places, ascending, of what is True, rows laid end to end; read eight at a time."""
     if found_BF.numel() % 8:
         return found_BF.reshape(-1).nonzero().squeeze(1)
     eights = found_BF.reshape(-1, 8)
@@ -106,30 +118,19 @@ class _Finder:
             h_BF = product(x.bfloat16(), *self.half)
         else:
             h_BF = product(x, self.W, self.b)
-        at = above(h_BF, self.floor.to(h_BF.dtype))
-        if len(at) > limit * h_BF.numel():
+        values, latents, counts = above(h_BF.to(x.dtype), self.floor)
+        if len(values) > limit * h_BF.numel():
             return False
-        token = at // h_BF.shape[1]
-        latents = at - token * h_BF.shape[1]
         if self.bf16:
+            token = torch.arange(len(x)).repeat_interleave(counts)
             values = dot_pairs(x, self.W.T, token, latents) + self.b[latents]
-        else:
-            values = h_BF.reshape(-1)[at]
         self.values.append(values)
         self.latents.append(latents)
-        self.counts.append(torch.bincount(token, minlength=len(x)))
+        self.counts.append(counts)
         if self.k_aux:
-            self.aux.append(self._dead(x, h_BF))
+            assert self.dead_F is not None
+            self.aux.append(dead_slots(h_BF, x, self.W.T, self.b, self.dead_F, self.k_aux))
         return True
-
-    def _dead(self, x: Tensor, h_BF: Tensor) -> Slots:
-        """The largest of dead latents, 0 where there are fewer above 0."""
-        assert self.dead_F is not None
-        if not self.bf16:
-            return exact_topk(h_BF.masked_fill_(~self.dead_F, 0), self.k_aux)
-        h_BF.masked_fill_(~self.dead_F, -torch.inf)
-        proposed = exact_topk(h_BF, surplus(self.k_aux, len(self.b)))[1]
-        return decide(x, self.W.T, self.b, proposed, self.k_aux, self.dead_F)
 
     def padded(self) -> tuple[list[Tensor], Tensor]:
         """What `encode_with` wants, and which slots are used."""

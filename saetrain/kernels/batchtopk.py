@@ -1,12 +1,13 @@
 """Encode, and keep the `keep` largest of all tokens of a batch (BatchTopK), with a sparse backward.
 
-The same tournament as for one token runs over the pre-activations of the whole batch laid end to
-end. Tokens keep different numbers of latents: what was found, sorted by token, is a ragged list
-(values, latents, offsets), padded here to the largest number of any token, with empty slots of
-value 0 at latent 0, so that everything that takes (values, indices) takes it. Costs the (B, F)
-pre-activations, but four matrix products less than autograd on dense codes. The width of the
-padding is data, so on other devices than the CPU it would have to be waited for: there
-`saetrain.activations` keeps the dense form.
+The product is made in pieces of tokens that stay in cache, as for TopK. The keep largest of the
+first piece give a floor that those of the batch cannot be below; of later pieces only what is above
+the floor is looked at, and raises it. So the (B, F) pre-activations never exist, and four matrix
+products less are made than by autograd on dense codes. Tokens keep different numbers of latents:
+what was found, sorted by token, is a ragged list, padded here to the largest number of any token,
+with empty slots of value 0 at latent 0, so that everything that takes (values, indices) takes it.
+The width of the padding is data, so on other devices than the CPU it would have to be waited for:
+there `saetrain.activations` keeps the dense form.
 
 bf16: as in encode.py, the product proposes keep + keep/8, float32 decides. Plain twin:
 `saetrain.activations.BatchTopK.select`.
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saetrain.kernels.encode import Slots, decide, encode_with, surplus
+from saetrain.kernels.above import above, pad
+from saetrain.kernels.encode import Slots, dead_slots, encode_with, joined, pieces
 from saetrain.kernels.gemm import product
 from saetrain.kernels.latents import dot_rows
 from saetrain.kernels.topk import exact_topk
@@ -40,23 +42,13 @@ def encode_batchtopk(
     """
 
     def select() -> list[Tensor]:
+        best = Best(keep + keep // 8 if bf16 else keep)
+        aux = _look(best, 0, x_BD, W_DF, b_F, dead_F, k_aux, bf16)
+        values, indices, used = best.slots(len(x_BD), len(b_F))
         if bf16:
-            half = torch.bfloat16
-            h_BF = product(x_BD.to(half), W_DF.to(half), b_F)
-        else:
-            h_BF = product(x_BD, W_DF.to(x_BD.dtype), b_F)
-        more = min(keep + keep // 8, h_BF.numel()) if bf16 else keep
-        values, indices = padded(h_BF, more)
-        if bf16:
-            exact = dot_rows(x_BD, W_DF.T, indices) + b_F[indices]
-            values = largest(exact * (values > 0), keep)
-        if not k_aux or dead_F is None:
-            return [values, indices, values[:, :0], indices[:, :0]]
-        if not bf16:
-            return [values, indices, *exact_topk(h_BF.masked_fill_(~dead_F, 0), k_aux)]
-        h_BF.masked_fill_(~dead_F, -torch.inf)
-        proposed = exact_topk(h_BF, surplus(k_aux, len(b_F)))[1]
-        return [values, indices, *decide(x_BD, W_DF.T, b_F, proposed, k_aux, dead_F)]
+            exact = dot_rows(x_BD, W_DF.T, indices, used) + b_F[indices]
+            values = largest(exact * used, keep)
+        return [values, indices, *aux]
 
     return encode_with(select, x_BD, W_DF, b_F)
 
@@ -71,47 +63,82 @@ def encode_batchtopk_of(
 
     Float32 decides, whatever autocast says.
     """
-    device = layers[0][0].device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        h_LBF = torch.stack([product(x, W.to(x.dtype), b) for x, W, b in layers])
-        wide, places = padded(h_LBF.flatten(0, 1), keep)
-        both_LBK = [t.reshape(*h_LBF.shape[:2], -1) for t in (wide, places)]
-        found = [[t.clone() for t in slots] for slots in zip(*both_LBK, strict=True)]
-        for slots, h_BF, dead_F in zip(found, h_LBF, dead_LF, strict=True):
-            if k_aux and dead_F is not None:
-                slots += exact_topk(h_BF.masked_fill_(~dead_F, 0), k_aux)
-            else:
-                slots += [wide.new_empty(len(h_BF), 0), places.new_empty(len(h_BF), 0)]
+    best, size = Best(keep), layers[0][0].shape[0] * layers[0][1].shape[1]
+    with torch.no_grad(), torch.autocast(layers[0][0].device.type, enabled=False):
+        aux = [
+            _look(best, i * size, *layer, dead_F, k_aux)
+            for i, (layer, dead_F) in enumerate(zip(layers, dead_LF, strict=True))
+        ]
+        n_tokens = len(layers[0][0])
+        wide, places, _ = best.slots(len(layers) * n_tokens, layers[0][1].shape[1])
+        each = zip(torch.split(wide, n_tokens), torch.split(places, n_tokens), aux, strict=True)
+        found = [[v.clone(), i.clone(), *of_dead] for v, i, of_dead in each]
     return [
         encode_with(lambda slots=slots: slots, *layer)  # type: ignore[misc]
         for slots, layer in zip(found, layers, strict=True)
     ]
 
 
-def ragged(h_BF: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, latents, offsets) of the `keep` largest of h that are above 0, by token.
+def _look(
+    best: Best,
+    first: int,
+    x_BD: Tensor,
+    W_DF: Tensor,
+    b_F: Tensor,
+    dead_F: Tensor | None,
+    k_aux: int,
+    bf16: bool = False,
+) -> list[Tensor]:
+    """Show `best` all of x W + b, with places from `first` on; values and indices of dead ones."""
+    W_DF, aux = W_DF.to(x_BD.dtype), list[Slots]()
+    dtype = torch.bfloat16 if bf16 else x_BD.dtype
+    given = x_BD.to(dtype), W_DF.to(dtype), b_F.to(dtype)
+    for piece in pieces(len(x_BD), len(b_F), x_BD.device.type):
+        h_BF = product(given[0][piece], *given[1:])
+        best.add(h_BF.to(x_BD.dtype), first + piece.start * len(b_F))
+        if k_aux and dead_F is not None:
+            aux.append(dead_slots(h_BF, x_BD[piece], W_DF.T, b_F, dead_F, k_aux))
+    none = x_BD.new_empty(len(x_BD), 0)
+    return joined(aux) if aux else [none, none.to(torch.int64)]
 
-    Token b has the slots offsets[b] .. offsets[b + 1] - 1; offsets is (B + 1,).
-    """
-    n_tokens, n_latents = h_BF.shape
-    values, flat = exact_topk(h_BF.reshape(1, -1), keep)
-    flat, order = flat[0][values[0] > 0].sort()
-    values = values[0][values[0] > 0][order]
-    edges = torch.arange(n_tokens + 1, device=h_BF.device) * n_latents
-    return values, flat % n_latents, torch.searchsorted(flat, edges)
 
+class Best:
+    """The `keep` largest of numbers above 0 that come in pieces, with their places."""
 
-def padded(h_BF: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """`ragged` as (B, K) values and indices, K the most that any token has, at least 1."""
-    values, latents, offsets = ragged(h_BF, keep)
-    counts = offsets.diff()
-    token = torch.arange(len(h_BF), device=h_BF.device).repeat_interleave(counts)
-    place = torch.arange(len(values), device=h_BF.device) - offsets[token]
-    shape = len(h_BF), max(1, int(counts.max()))  # CPU: nothing to wait for
-    wide, indices = values.new_zeros(shape), latents.new_zeros(shape)
-    wide[token, place] = values
-    indices[token, place] = latents
-    return wide, indices
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self._values, self._places = list[Tensor](), list[Tensor]()
+        self._floor: Tensor | None = None
+
+    def add(self, h_BF: Tensor, first: int) -> None:
+        """Look at h, whose rows, laid end to end, have the places from `first` on."""
+        if self._floor is None:
+            values, places = exact_topk(h_BF.reshape(1, -1), min(self.keep, h_BF.numel()))
+            some = ~(values[0] <= 0)  # NaN is some
+            values, places = values[0][some], places[0][some]
+            self._floor = h_BF.new_zeros(1)
+        else:
+            values, latents, counts = above(h_BF, self._floor)
+            token = torch.arange(len(h_BF)).repeat_interleave(counts)
+            places = token * h_BF.shape[1] + latents
+        self._values.append(values)
+        self._places.append(places + first)
+        self._cut()
+
+    def _cut(self) -> None:
+        """Forget what is not among the largest so far; nothing later may be below them."""
+        values, places = torch.cat(self._values), torch.cat(self._places)
+        if len(values) >= self.keep:
+            best, at = exact_topk(values[None], self.keep)
+            values, places = best[0], places[at[0]]
+            self._floor = values.nan_to_num(nan=torch.inf).min()[None]
+        self._values, self._places = [values], [places]
+
+    def slots(self, n_tokens: int, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, indices and used, (B, K), K the most that any token has, at least 1."""
+        places, order = torch.cat(self._places).sort()
+        counts = torch.bincount(places // n_latents, minlength=n_tokens)
+        return pad(torch.cat(self._values)[order], places % n_latents, counts)
 
 
 def largest(values_BK: Tensor, keep: int) -> Tensor:

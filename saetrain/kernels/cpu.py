@@ -81,6 +81,23 @@ def sum_by_latent(x_BD: Tensor, weights_BK: Tensor, indices_BK: Tensor, out_FD: 
     return out_FD
 
 
+def above(h_BF: Tensor, floor_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, latents, counts): what is not at most its floor, token after token, as one list.
+
+    values and latents are (n,), counts (B,) how many a token has; NaN is never at most a floor.
+    Plain twin: (h.le(floor).logical_not_()).nonzero().
+    """
+    h_BF, floor_F = h_BF.contiguous(), floor_F.expand(h_BF.shape[1]).contiguous()
+    counts = torch.empty(len(h_BF), dtype=torch.int64)
+    threads = _threads(h_BF.numel())
+    _call("count_above", h_BF, *h_BF.shape, floor_F, counts, threads)
+    ends = counts.cumsum(0)
+    n = int(ends[-1]) if len(ends) else 0
+    values, latents = h_BF.new_empty(n), torch.empty(n, dtype=torch.int64)
+    _call("list_above", h_BF, *h_BF.shape, floor_F, ends - counts, values, latents, threads)
+    return values, latents, counts
+
+
 def _threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers > _SMALL else 1
 
@@ -104,4 +121,7 @@ def compiled() -> Any:
         library.dot_rows.argtypes = [p, p, n, p, p, n, n, n, p, i]
         library.decode_rows.argtypes = [p, p, n, n, p, n, n, p, i]
         library.sum_by_latent.argtypes = [p, p, p, n, n, n, n, p, i]
+        library.count_above.argtypes = [p, n, n, p, p, i]
+        library.list_above.argtypes = [p, n, n, p, p, p, p, i]
+        library.count_above.restype = library.list_above.restype = None
     return library

@@ -61,8 +61,25 @@ def slots_of(h_BF: Tensor, k: int, dead_F: Tensor | None, k_aux: int) -> list[Te
     values, indices = exact_topk(h_BF, k)
     if not k_aux or dead_F is None:
         return [values, indices, values[:, :0], indices[:, :0]]
-    # Living latents tie with silent dead ones at 0, which relu makes an empty slot.
-    return [values, indices, *exact_topk(h_BF.masked_fill_(~dead_F, 0), k_aux)]
+    return [values, indices, *exact_topk(_living_at(h_BF, dead_F, 0), k_aux)]
+
+
+def dead_slots(
+    h_BF: Tensor, x_BD: Tensor, W_FD: Tensor, b_F: Tensor, dead_F: Tensor, k_aux: int
+) -> Slots:
+    """Values and indices of the k_aux largest dead ones. Overwrites h = x W + b.
+
+    Where h is not in the type of x it proposes only.
+    """
+    if h_BF.dtype == x_BD.dtype:
+        return exact_topk(_living_at(h_BF, dead_F, 0), k_aux)
+    proposed = exact_topk(_living_at(h_BF, dead_F, -torch.inf), surplus(k_aux, len(b_F)))[1]
+    return decide(x_BD, W_FD, b_F, proposed, k_aux, dead_F)
+
+
+def _living_at(h_BF: Tensor, dead_F: Tensor, value: float) -> Tensor:
+    """At 0 living latents tie with silent dead ones, which relu makes an empty slot."""
+    return h_BF.masked_fill_(~dead_F, value)
 
 
 def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -168,17 +185,12 @@ class _Half(_Full):
     def __call__(self, piece: slice, k: int, dead_F: Tensor | None, k_aux: int) -> list[Tensor]:
         x, W, b = self.half
         h = product(x[piece], W, b)
-        values, indices = self._decide(piece, exact_topk(h, surplus(k, len(self.b)))[1], k)
+        proposed = exact_topk(h, surplus(k, len(self.b)))[1]
+        values, indices = decide(self.x[piece], self.W_FD, self.b, proposed, k)
         if not k_aux or dead_F is None:
             return [values, indices, values[:, :0], indices[:, :0]]
-        h.masked_fill_(~dead_F, -torch.inf)
-        proposed = exact_topk(h, surplus(k_aux, len(self.b)))[1]
-        return [values, indices, *self._decide(piece, proposed, k_aux, dead_F)]
-
-    def _decide(
-        self, piece: slice, proposed: Tensor, k: int, dead_F: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return decide(self.x[piece], self.W_FD, self.b, proposed, k, dead_F)
+        aux = dead_slots(h, self.x[piece], self.W_FD, self.b, dead_F, k_aux)
+        return [values, indices, *aux]
 
 
 def surplus(k: int, n_latents: int) -> int:
@@ -187,7 +199,12 @@ def surplus(k: int, n_latents: int) -> int:
 
 
 def decide(
-    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, proposed: Tensor, k: int, dead_F: Tensor | None
+    x_BD: Tensor,
+    W_FD: Tensor,
+    b_F: Tensor,
+    proposed: Tensor,
+    k: int,
+    dead_F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of the proposed latents by exact pre-activations; living ones count as 0."""
     h = dot_rows(x_BD, W_FD, proposed).add_(b_F[proposed])

@@ -325,3 +325,50 @@ int topk_rows(const void *rows, int half, int64_t n_rows, int64_t n, int64_t k, 
     }
     return failed ? -1 : 0;
 }
+
+/* -- what is above a floor ---------------------------------------------------------------------- */
+
+/* One bit for each of the 16 numbers from `row` on that is not at most its floor; NaN is not. */
+static inline uint32_t bits_above(const float *row, const float *floor) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(row), _mm512_loadu_ps(floor), _CMP_NLE_UQ);
+#else
+    uint32_t bits = 0;
+    int some = 0;
+    for (int j = 0; j < LANES; j++) some |= !(row[j] <= floor[j]);
+    for (int j = 0; some && j < LANES; j++) bits |= (uint32_t)!(row[j] <= floor[j]) << j;
+    return bits;
+#endif
+}
+
+static inline uint32_t bits_at(const float *row, const float *floor, int64_t first, int64_t n) {
+    if (first + LANES <= n) return bits_above(row + first, floor + first);
+    uint32_t bits = 0;
+    for (int64_t i = first; i < n; i++) bits |= (uint32_t)!(row[i] <= floor[i]) << (i - first);
+    return bits;
+}
+
+/* counts[b] = how many of the n numbers of row b are above the floors of their columns. */
+void count_above(const float *h, int64_t n_rows, int64_t n, const float *floor, int64_t *counts,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t b = 0; b < n_rows; b++) {
+        counts[b] = 0;
+        for (int64_t i = 0; i < n; i += LANES)
+            counts[b] += __builtin_popcount(bits_at(h + b * n, floor, i, n));
+    }
+}
+
+/* Those numbers and their columns, of row b from place starts[b] on, in order. */
+void list_above(const float *h, int64_t n_rows, int64_t n, const float *floor, const int64_t *starts,
+                float *values, int64_t *columns, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t b = 0; b < n_rows; b++) {
+        int64_t at = starts[b];
+        for (int64_t i = 0; i < n; i += LANES)
+            for (uint32_t bits = bits_at(h + b * n, floor, i, n); bits; bits &= bits - 1, at++) {
+                columns[at] = i + __builtin_ctz(bits);
+                values[at] = h[b * n + columns[at]];
+            }
+    }
+}
