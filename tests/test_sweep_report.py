@@ -177,6 +177,56 @@ def test_nasty_names_are_text(tmp_path: Path) -> None:
     assert html["data-ready"] == "true"
     assert NASTY in found.text
     assert not any("boom()" in s for k, s in found.scripts.items() if k != "data")
+    # Nothing to draw: no empty boxes.
+    assert "No run has been evaluated yet." in found.text
+    assert "1 run: 1 failed" in found.text
+    assert "hidden" in next(a for _, a in found.elements if a.get("id") == "curves")
+    assert all("hidden" in a for a in found.having("chart")[:1] + found.having("bar-top")[:1])
+
+
+ODD = """<script>
+const cells = (c) => [...document.querySelectorAll("#table tbody tr")]
+  .map((r) => r.cells[c].textContent);
+const names = [...document.querySelectorAll("#table th button")];
+root.dataset.heads = names.map((b) => b.textContent).join(" ");
+const mse = names.findIndex((b) => b.textContent === "MSE");
+root.dataset.latents = cells(2).join(" ");
+names[mse].click();
+root.dataset.up = cells(mse).join(" ");
+names[mse].click();
+root.dataset.down = cells(mse).join(" ");
+</script></body>"""
+
+
+# F123
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the page is not drawn")
+def test_odd_numbers_and_exact_settings(tmp_path: Path) -> None:
+    """A diverged run, one with a NaN and a failed one; settings are shown to the last digit."""
+    fve, mse = (0.9, -1e6, 0.5), (1.0, float("nan"), 0.5)
+    for i in range(4):
+        run = tmp_path / "sweep" / f"run{i}"
+        run.mkdir(parents=True)
+        config = {"sae": {"n_latents": 16384 + i}, "seed": 0}
+        (run / "config.json").write_text(json.dumps(config))
+        state = {"status": "finished"} if i < 3 else {"status": "failed", "reason": "why"}
+        (run / "run.json").write_text(json.dumps({**state, "n_steps": 10}))
+        if i < 3:
+            scores = {"fve": fve[i], "l0": 8.0 + i, "mse": mse[i], "cos": 0.5}
+            (run / "eval.json").write_text(json.dumps(scores))
+    page = write_sweep(tmp_path / "sweep")
+    page.write_text(page.read_text("utf-8").replace("</body>", ODD), encoding="utf-8")
+    found = Page(dump_dom(page, tmp_path / "profile"))
+    html = found.elements[0][1]
+    assert "data-error" not in html, html["data-error"]
+    assert html["data-heads"] == "run state sae.n_latents FVE L0 MSE reason"  # cos is the same
+    assert html["data-latents"] == "16384 16385 16386 16387"
+    assert html["data-up"] == "0.5 1 nan –"  # what is no number comes last, either way
+    assert html["data-down"] == "1 0.5 nan –"
+    assert "FVE below -0.1 is drawn at the edge" in found.text
+    heights = [float(a["cy"]) for a in found.having("point")]
+    assert max(heights) - min(heights) > 200  # the diverged run does not squeeze the others
+    assert abs(heights[0] - heights[2]) > 50
+    assert all("stroke" in a["style"] for a in found.having("run-line"))
 
 
 def test_what_differs() -> None:

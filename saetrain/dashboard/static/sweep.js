@@ -19,8 +19,9 @@ function el(name, props = {}, ...children) {
 }
 const num = (v) => typeof v !== "number" ? String(v) : v === 0 ? "0"
   : Math.abs(v) < 1e-3 || Math.abs(v) >= 1e6 ? v.toExponential(2) : String(+v.toPrecision(4));
-const shown = (v) => v === undefined || v === null ? "–" : typeof v === "number" ? num(v)
-  : typeof v === "string" ? v : JSON.stringify(v);
+const none = (v) => v === undefined || v === null;
+const exact = (v) => none(v) ? "–" : typeof v === "string" ? v : JSON.stringify(v);  // a setting
+const shown = (v) => typeof v === "number" ? num(v) : exact(v);
 const nice = (n) => ({ fve: "FVE", l0: "L0", mse: "MSE", dead: "dead" }[n] || n);
 const finite = (v) => typeof v === "number" && Number.isFinite(v);
 const value = (run, n) => run.numbers[n] ?? run.logged[n];
@@ -70,35 +71,40 @@ function front(xn, yn) {
     .filter((p) => finite(p[1]) && finite(p[2]));
   return at.filter(([, a, b]) => !at.some(([, c, d]) => c >= a && d >= b && (c > a || d > b))).map((p) => p[0]);
 }
-const label = (run) => data.settings.map((k) => `${k}=${shown(run.config[k])}`).join(" ") || run.name;
+const label = (run) => data.settings.filter((k) => !none(run.config[k]))
+  .map((k) => `${k}=${exact(run.config[k])}`).join(" ") || run.name;
 const COLOURS = ["var(--s0)", "var(--s1)", "var(--s2)", "var(--s3)"];
-let current = null;
+const FLOOR = -0.1;  // one diverged run must not squeeze all others into a line
+const drawn = (v, n) => n === "fve" ? Math.max(v, FLOOR) : v;
+let current = null, colour = () => COLOURS[0];
 
 function colours() {
-  const key = $("by").value, found = [...new Set(runs.map((r) => shown(r.config[key])))];
+  const key = $("by").value, found = [...new Set(runs.map((r) => exact(r.config[key])))];
   $("key").replaceChildren();
   if (!key) return () => COLOURS[0];
   found.sort((a, b) => (+a - +b) || (a < b ? -1 : 1));
-  const colour = (i) => found.length <= 4 ? COLOURS[i] : `hsl(${250 - 220 * i / (found.length - 1)} 65% 50%)`;
+  const nth = (i) => found.length <= 4 ? COLOURS[i] : `hsl(${250 - 220 * i / (found.length - 1)} 65% 50%)`;
   found.forEach((v, i) => {
     const dot = el("i", {});
-    dot.style.background = colour(i);
+    dot.style.background = nth(i);
     $("key").append(el("span", {}, dot, v));
   });
-  return (run) => colour(found.indexOf(shown(run.config[key])));
+  return (run) => nth(found.indexOf(exact(run.config[key])));
 }
 function drawPareto() {
-  const svg = $("pareto"), xn = $("x").value, yn = $("y").value, colour = colours();
+  const svg = $("pareto"), xn = $("x").value, yn = $("y").value;
+  colour = colours();
   const here = runs.map((r, i) => i).filter((i) => finite(runs[i].numbers[xn]) && finite(runs[i].numbers[yn]));
+  const at = (i, n) => drawn(runs[i].numbers[n], n), cut = [xn, yn].includes("fve") && here.some((i) => runs[i].numbers.fve < FLOOR);
   const best = front(xn, yn), way = (n) => sign(n) > 0 ? "high" : "low";
   $("rule").textContent = here.length ? `◆ and dashed: no other run is at least as good in both (${way(xn)} ${nice(xn)}, `
-    + `${way(yn)} ${nice(yn)}) and better in one. Held-out documents.` : "No run has been evaluated yet.";
+    + `${way(yn)} ${nice(yn)}) and better in one. Held-out documents.${cut ? ` FVE below ${FLOOR} is drawn at the edge.` : ""}` : "No run has been evaluated yet.";
   for (const row of $("table").tBodies[0].rows) row.classList.toggle("best", best.includes(+row.dataset.i));
   svg.replaceChildren();
   if (!here.length) return;
-  const [x, y] = axes(svg, here.map((i) => runs[i].numbers[xn]), here.map((i) => runs[i].numbers[yn]), xn, yn, 340);
-  const pt = (i) => `${x(runs[i].numbers[xn]).toFixed(1)},${y(runs[i].numbers[yn]).toFixed(1)}`;
-  const line = [...best].sort((a, b) => runs[a].numbers[xn] - runs[b].numbers[xn]);
+  const [x, y] = axes(svg, here.map((i) => at(i, xn)), here.map((i) => at(i, yn)), xn, yn, 340);
+  const pt = (i) => `${x(at(i, xn)).toFixed(1)},${y(at(i, yn)).toFixed(1)}`;
+  const line = [...best].sort((a, b) => at(a, xn) - at(b, xn));
   if (line.length > 1) svg.append(el("path", { class: "front", d: "M" + line.map(pt).join("L") }));
   for (const i of here) {
     const run = runs[i], [cx, cy] = pt(i).split(",");
@@ -121,13 +127,12 @@ function drawCurves() {
   const all = sets.flat();
   svg.replaceChildren();
   if (!all.length) return;
-  let ys = all.map((p) => p[1]);
-  if (name === "fve") ys = ys.map((v) => Math.max(v, -0.1));
-  const low = Math.min(...ys), [x, y] = axes(svg, all.map((p) => p[0]), ys, "step", name, 300);
+  const [x, y] = axes(svg, all.map((p) => p[0]), all.map((p) => drawn(p[1], name)), "step", name, 340);
   sets.forEach((pts, i) => {
     if (!pts.length) return;
-    const d = "M" + pts.map((p) => `${x(p[0]).toFixed(1)},${y(Math.max(p[1], low)).toFixed(1)}`).join("L");
+    const d = "M" + pts.map((p) => `${x(p[0]).toFixed(1)},${y(drawn(p[1], name)).toFixed(1)}`).join("L");
     const path = el("path", { class: "run-line", d, "data-i": i });
+    path.style.stroke = colour(runs[i]);
     path.addEventListener("pointerenter", () => mark(i));
     svg.append(path);
   });
@@ -150,28 +155,31 @@ function mark(i) {
 // ---- the table -----------------------------------------------------------------------------------
 
 const reasons = runs.some((r) => r.reason), unfinished = runs.some((r) => r.state !== "finished");
-const columns = [["run", (r) => r.name], ...data.settings.map((k) => [k, (r) => r.config[k]]),
-  ...data.numbers.slice(0, 8).map((n) => [nice(n), (r) => value(r, n), n]),
+const columns = [["run", (r) => r.name],
   ...(unfinished ? [["state", (r) => r.state === "finished" ? r.state : `${r.state}, ${r.progress}`]] : []),
+  ...data.settings.map((k) => [k, (r) => r.config[k]]),
+  ...data.numbers.slice(0, 8).map((n) => [nice(n), (r) => value(r, n), n]),
   ...(reasons ? [["reason", (r) => r.reason]] : [])];
+const numeric = columns.map(([, get]) => runs.some((r) => finite(get(r))));  // to the right
 let order = { column: null, down: false };
 
 function compare(a, b) {
   if (finite(a) && finite(b)) return a - b;
-  return shown(a).localeCompare(shown(b), "en", { numeric: true });
+  return exact(a).localeCompare(exact(b), "en", { numeric: true });
 }
 function fillTable() {
   const body = $("table").tBodies[0], ids = runs.map((_, i) => i);
   if (order.column !== null) {
-    const get = columns[order.column][1], none = (i) => get(runs[i]) === undefined || get(runs[i]) === null;
-    ids.sort((a, b) => none(a) - none(b) || (order.down ? -1 : 1) * compare(get(runs[a]), get(runs[b])));
+    const [, get, number] = columns[order.column], last = (i) => none(get(runs[i])) || number && !finite(get(runs[i]));
+    ids.sort((a, b) => last(a) - last(b) || !last(a) * (order.down ? -1 : 1) * compare(get(runs[a]), get(runs[b])));
   }
   body.replaceChildren(...ids.map((i) => {
     const run = runs[i];
-    const row = el("tr", { "data-i": i }, ...columns.map(([name, get], c) => {
-      const v = get(run), text = shown(v);
-      const logged = columns[c][2] && run.numbers[columns[c][2]] === undefined && finite(v);
-      const cell = el("td", { class: name === "reason" ? "why" : logged ? "value logged" : finite(v) ? "value" : undefined });
+    const row = el("tr", { "data-i": i }, ...columns.map(([name, get, number], c) => {
+      const v = get(run), text = (number ? shown : exact)(v);
+      const logged = number && run.numbers[number] === undefined && finite(v);
+      const kind = name === "reason" ? "why" : logged ? "value logged" : numeric[c] ? "value" : text.length > 56 ? "long" : undefined;
+      const cell = el("td", { class: kind });
       cell.append(c === 0 && run.link ? el("a", { href: run.link }, text) : text);
       return cell;
     }));
@@ -182,14 +190,14 @@ function fillTable() {
   [...$("table").tHead.rows[0].cells].forEach((th, c) => th.setAttribute("aria-sort",
     c !== order.column ? "none" : order.down ? "descending" : "ascending"));
 }
-$("table").tHead.append(el("tr", {}, ...columns.map(([name, get], c) => {
+$("table").tHead.append(el("tr", {}, ...columns.map(([name], c) => {
   const button = el("button", { type: "button" }, name);
   button.addEventListener("click", () => {
     order = { column: c, down: order.column === c ? !order.down : data.more.includes(columns[c][2]) };
     fillTable();
     drawPareto();
   });
-  return el("th", { scope: "col", class: runs.some((r) => finite(get(r))) ? "value" : undefined }, button);
+  return el("th", { scope: "col", class: numeric[c] ? "value" : undefined }, button);
 })));
 
 // ---- start ---------------------------------------------------------------------------------------
@@ -200,14 +208,18 @@ const fill = (id, names, start) => {
 const both = data.numbers.length > 1 ? data.numbers : [...data.numbers, ...data.numbers];
 fill("x", data.numbers, data.numbers.includes("l0") ? "l0" : both[1]);
 fill("y", data.numbers, data.numbers.includes("fve") ? "fve" : both[0]);
-const few = data.settings.filter((k) => new Set(runs.map((r) => shown(r.config[k]))).size <= 12);
+const few = data.settings.filter((k) => new Set(runs.map((r) => exact(r.config[k]))).size <= 12);
 fill("by", ["", ...data.settings], few[0] || "");
 fill("curve", data.curves, data.curves[0]);
 const states = {};
 for (const r of runs) states[r.state] = (states[r.state] || 0) + 1;
-$("states").textContent = `${runs.length} runs: ` + Object.entries(states).map(([s, n]) => `${n} ${s}`).join(", ");
+$("states").textContent = `${runs.length} run${runs.length > 1 ? "s" : ""}: ` + Object.entries(states).map(([s, n]) => `${n} ${s}`).join(", ");
 const draw = () => { drawPareto(); drawCurves(); };
-for (const id of ["x", "y", "by"]) $(id).addEventListener("change", drawPareto);
+for (const node of document.querySelectorAll("#tradeoff .bar-top, #tradeoff .chart"))
+  node.hidden = !runs.some((r) => Object.keys(r.numbers).length);
+$("curves").hidden = !data.curves.length;
+for (const id of ["x", "y"]) $(id).addEventListener("change", drawPareto);
+$("by").addEventListener("change", draw);
 $("curve").addEventListener("change", drawCurves);
 fillTable();
 draw();
