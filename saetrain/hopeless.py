@@ -14,6 +14,7 @@ from typing import Any
 from saetrain.errors import ConfigError, TrainingError
 
 STOPPED = "stopped"  # status in run.json
+EARLY = "stopped early at step "  # what its reason begins with
 REMEDY = "Other limits in early_stop continue it; fresh=true trains it again"
 
 

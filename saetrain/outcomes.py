@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.evals.run import EVAL, summary
+from saetrain.hopeless import EARLY
 from saetrain.log import table
 from saetrain.runs import read_json
 
@@ -48,8 +50,10 @@ def score(metrics: Mapping[str, Any], target_l0: float | None) -> float:
 
 
 def new_record(args: Sequence[str]) -> Path:
-    """Path for the lines of one command, below the runs_dir that its arguments name."""
+    """Path for the lines of one command, below the runs_dir that its arguments name; below `runs`
+    where they name one for each job."""
     given = [a.removeprefix("runs_dir=") for a in args if a.startswith("runs_dir=")]
+    given = [name for name in given if not re.search(r"[${},()]", name)]
     # Random: two commands of one process, or of two machines, can begin in the same second.
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.jsonl"
     return (Path(given[-1] if given else "runs").expanduser() / ".sweeps" / name).absolute()
@@ -80,13 +84,16 @@ def told(outcomes: Sequence[Outcome]) -> str:
     rows: list[dict[str, object]] = []
     for o in sorted(outcomes, key=lambda o: o.run_dir is None):
         name = " ".join(w for w in o.overrides if w not in common) or " ".join(o.overrides)
-        row: dict[str, object] = {"job": name, "FVE": "failed", "L0": None, "folder": o.reason}
+        early = (o.reason or "").startswith(EARLY)
+        state = "stopped" if early else "failed"
+        row: dict[str, object] = {"job": name, "FVE": state, "L0": None, "folder": o.reason}
         if o.run_dir is not None:
             numbers = summary(Path(o.run_dir), read_json(Path(o.run_dir) / EVAL))
             row |= {"FVE": numbers["FVE"], "L0": numbers["L0"], "folder": o.run_dir}
         rows.append(row)
     done = sum(o.run_dir is not None for o in outcomes)
-    return f"\n{done} of {len(rows)} jobs finished\n{table(rows)}{_best(outcomes)}"
+    jobs = f"job{'s' * (len(rows) > 1)}"
+    return f"\n{done} of {len(rows)} {jobs} finished\n{table(rows)}{_best(outcomes)}"
 
 
 def _best(outcomes: Sequence[Outcome]) -> str:

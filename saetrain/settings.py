@@ -317,18 +317,23 @@ def check_hooks(settings: TrainSettings) -> None:
     if isinstance(hooks, str) and hooks != "all":
         raise ConfigError(f"hooks={hooks}: expected all, or a list as in hooks=[{hooks}]")
     listed = hooks is not None and hooks != "all"
-    both = [n for n, v in (("hooks", hooks), ("layers", layers)) if v is not None]
+    both = [_as_typed(n, v) for n, v in (("hooks", hooks), ("layers", layers)) if v is not None]
     if len(both) == 2:
-        raise ConfigError(f"give hooks or layers, not both, got hooks={hooks}, layers={layers}")
+        raise ConfigError(f"give hooks or layers, not both, got {both[0]}, {both[1]}")
     if stride is not None and (layers is not None or listed):
         raise ConfigError(
-            f"give layer_stride={stride} or {both[0]}={getattr(settings, both[0])}, not both: "
+            f"give layer_stride={stride} or {both[0]}, not both: "
             "layer_stride takes every so many-th layer of hooks=all, or of hooks named like `hook`"
         )
     _positive("layer_stride", stride)
     for name, given in (("hooks", hooks if listed else None), ("layers", layers)):
         if given is not None and (not given or len(set(given)) < len(given)):
-            raise ConfigError(f"{name}={list(given)}: expected one or more, each once")
+            raise ConfigError(f"{_as_typed(name, given)}: expected one or more, each once")
+
+
+def _as_typed(name: str, value: str | tuple[object, ...]) -> str:
+    listed = value if isinstance(value, str) else f"[{','.join(map(str, value))}]"
+    return f"{name}={listed}"
 
 
 def _positive(name: str, value: float | None) -> None:

@@ -270,7 +270,7 @@ class Trainer:
         reason = rule.reason(row)
         if reason is not None and self.step < self.n_steps:
             self.save()
-            record = hopeless.record(rule, f"stopped early at step {self.step:,}: {reason}")
+            record = hopeless.record(rule, f"{hopeless.EARLY}{self.step:,}: {reason}")
             runs.write_json(file, runs.read_json(file) | record)
             raise HopelessRun(f"{record['reason']}. {hopeless.REMEDY}")
 

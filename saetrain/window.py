@@ -6,6 +6,7 @@ window goes into checkpoints: a resumed run averages over the same steps as an u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,7 +41,7 @@ class Window:
     def check(self, step: int) -> Tensor:
         """All values as (steps, M) float64 on the host; `step` is the number of the last step.
 
-        TrainingError naming the first step and the numbers of it, if one is not finite.
+        TrainingError naming the first step with a number that is not finite, and its loss.
         """
         if not self._steps:
             return torch.zeros(0, len(self.names), dtype=torch.float64)
@@ -48,8 +49,9 @@ class Window:
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             at = int(bad[0, 0])
+            named = dict(zip(self.names, values[at].tolist(), strict=True))
             terms = ", ".join(
-                f"{n}={v:.4g}" for n, v in zip(self.names, values[at].tolist(), strict=True)
+                f"{n}={v:.4g}" for n, v in named.items() if n == "loss" or not math.isfinite(v)
             )
             raise TrainingError(f"training diverged at step {step - len(self) + at + 1}: {terms}")
         return values

@@ -83,6 +83,7 @@ def test_one_failing_job_is_named_and_the_exit_status_says_so(here: Path, capsys
     reasons = [line for line in out.splitlines() if "failed" in line]
     assert sum("sae.k=100 is larger than sae.n_latents=48" in r for r in reasons) == 2
     assert sum("diverged at step" in r for r in reasons) == 2
+    assert not any("l0=" in r for r in reasons)  # of its numbers only those that say why
     assert len(list(Path("runs").glob("*/eval.json"))) == 2
 
 
@@ -136,7 +137,7 @@ def test_one_sae_a_hook_from_the_command(here: Path, capsys) -> None:  # F43 F50
     same(made()[name], single)
     capsys.readouterr()
     assert run("store=store", "layers=[2,3]", "layer_stride=2", *QUIET) == 1
-    assert "layer_stride=2 or layers=(2, 3), not both" in capsys.readouterr().err
+    assert "layer_stride=2 or layers=[2,3], not both" in capsys.readouterr().err
     assert run("store=store", "hooks=[resid.2,resid.7]", *QUIET) == 1
     out = capsys.readouterr()
     assert "1 of 2 jobs finished" in out.out

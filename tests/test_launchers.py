@@ -173,6 +173,8 @@ def test_outcomes_are_read_in_the_order_of_jobs(tmp_path: Path, monkeypatch) -> 
     file = outcomes.new_record(["seed=1", f"runs_dir={tmp_path}/r"])
     assert file.parent == tmp_path / "r" / ".sweeps"
     assert outcomes.new_record([f"runs_dir={tmp_path}/r"]) != file  # in the same second
+    for each in ("r/${store}", "a,b", "choice(a,b)"):  # a folder for each job
+        assert outcomes.new_record([f"runs_dir={each}"]).parent == Path.cwd() / "runs/.sweeps"
     outcomes.note(Outcome(job=9, overrides=()))  # no sweep: nowhere to write
     assert outcomes.read(file) == []
     monkeypatch.setenv(outcomes.RECORD, str(file))
@@ -182,4 +184,7 @@ def test_outcomes_are_read_in_the_order_of_jobs(tmp_path: Path, monkeypatch) -> 
     assert outcomes.read(file) == made[::-1]
     assert "0 of 2 jobs finished" in outcomes.told(made)
     assert "b=1  failed   -  no" in outcomes.told(made)
+    early = Outcome(job=0, overrides=("a=1",), reason="stopped early at step 4: fve 0.1 is below")
+    assert "1 job finished\n" in outcomes.told([early])
+    assert "a=1  stopped   -  stopped early at step 4" in outcomes.told([early])
     assert -math.inf == outcomes.FAILED

@@ -62,7 +62,7 @@ def test_layers_of_joined_stores(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"layers": (2,), "layer_stride": 2}, r"layer_stride=2 or layers=\(2,\), not both"),  # F50
+        ({"layers": (2,), "layer_stride": 2}, r"layer_stride=2 or layers=\[2\], not both"),  # F50
         ({"hooks": ("resid.1",), "layer_stride": 2}, "layer_stride=2 or hooks=.*not both"),
         ({"hooks": "all", "layers": (2,)}, "give hooks or layers, not both"),
         ({"hooks": "resid.1"}, r"hooks=resid.1: expected all, or a list as in hooks=\[resid.1\]"),

@@ -18,6 +18,9 @@ from saetrain.errors import ConfigError
 from saetrain.log import METRICS, read_metrics
 from saetrain.stream import Stream
 from saetrain.stream.mixing import measure
+from saetrain.sweep import train_together
+
+SAES = [{"name": "topk", "n_latents": 48, "k": k, "dead_after_tokens": 300} for k in (2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +185,14 @@ def test_a_remote_store_is_read_through_the_cache_with_the_same_result(store, tm
     assert "no effect" not in capsys.readouterr().err
     runs.open_snapshot(settings(store, tmp_path, stream=cache))
     assert "stream.cache_dir has no effect" in capsys.readouterr().err
+
+
+def test_a_run_counts_what_it_read_itself(store, tmp_path, capsys):
+    """Groups of a sweep share a stream; the second one's bytes are not those of both."""
+    many = [settings(store, tmp_path, seed=0, fused={"memory_gb": 1e-4}, sae=sae) for sae in SAES]
+    train_together(many)
+    told = [line.split()[1] for line in capsys.readouterr().err.splitlines() if "GB read" in line]
+    assert len(told) == 2
+    assert float(told[1]) <= float(told[0])
+    read = [read_metrics(cfg.run_dir / METRICS)[0] for cfg in many]
+    assert all(r["read_gb_per_s"] >= 0 for r in read)

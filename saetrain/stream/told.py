@@ -36,7 +36,8 @@ class Told:
         self._stream, self._say = stream, say
         self._mixing: Mixing | None = None
         self._started = time.perf_counter()
-        self._waited, self._bytes = 0.0, 0  # of the whole run; at the last row
+        self._waited = 0.0  # of the whole run
+        self._first = self._bytes = 0  # read before this run, by others; at the last row
 
     @property
     def _traffic(self) -> Traffic | None:
@@ -44,7 +45,7 @@ class Told:
 
     def begin(self) -> None:
         """Before the first step of this process."""
-        self._started = time.perf_counter()
+        self._start()
         stream = self._stream
         if isinstance(stream, Stream | Mix) and not isinstance(stream, SequenceStream):
             self._mixing = measure(stream)
@@ -56,9 +57,13 @@ class Told:
 
     def begin_like(self, other: Told) -> None:
         """As `begin`, with what `other` measured of the same stream."""
-        self._started, self._mixing = time.perf_counter(), other._mixing
+        self._start()
+        self._mixing = other._mixing
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
         if (traffic := self._traffic) is not None:
-            self._bytes = traffic.bytes
+            self._first = self._bytes = traffic.bytes
 
     def mixing(self) -> dict[str, float]:
         """For the first row of metrics: the same numbers whenever a run is continued."""
@@ -103,7 +108,8 @@ class Told:
         seconds = max(time.perf_counter() - self._started, 1e-9)
         traffic = self._traffic
         if traffic is not None:
+            gb, digits = (traffic.bytes - self._first) / 1e9, int(seconds < 10)
             self._say(
-                f"data: {traffic.bytes / 1e9:.3g} GB read, {traffic.bytes / seconds / 1e9:.3g} "
-                f"GB/s; training waited for it {self._waited / seconds:.1%} of {seconds:,.0f} s"
+                f"data: {gb:.3g} GB read, {gb / seconds:.3g} GB/s; training waited for it "
+                f"{self._waited / seconds:.1%} of {seconds:,.{digits}f} s"
             )
