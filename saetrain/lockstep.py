@@ -8,11 +8,13 @@ slowest one is, and the others join when it reaches them. A job that fails is dr
 in run.json; the others go on. Evaluation comes after all training: held-out batches are kept in
 memory if they are few, and the PCA beside the SAEs is fitted once.
 
-On a CPU several jobs take their step of a batch at once (`fused.workers`, `saetrain.workers`);
-those that draw random numbers (`SAE.draws_random`) or are compiled go one after the other, with all
-threads. Logs, wandb and failures are this thread's business.
+On a CPU several jobs take their steps at once (`fused.workers`, `saetrain.workers`); those that
+draw random numbers (`SAE.draws_random`) or are compiled go one after the other, with all threads. A
+turn is a few batches, as far as nothing is due in between, so that the weights and moments of a job
+come into cache once for all of them. Logs, wandb and failures are this thread's business.
 
-Cost: weights and moments of all jobs in memory, gradients and activations of one a worker.
+Cost: weights and moments of all jobs in memory, gradients and activations of one a worker, and the
+batches of a turn.
 """
 
 from __future__ import annotations
@@ -20,139 +22,32 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from actcache.store.errors import ActcacheError
 from saetrain import checkpoint as ckpt
-from saetrain import runs
 from saetrain.errors import SaetrainError, TrainingError
-from saetrain.evals.run import fit_baseline
 from saetrain.hopeless import HopelessRun
 from saetrain.interrupt import Interrupted, stop_flag
 from saetrain.kept import Kept
-from saetrain.log import Logger, say
-from saetrain.runs import BatchStream, Source
+from saetrain.lockstep_job import Job
+from saetrain.log import say
+from saetrain.runs import BatchStream
 from saetrain.settings import TrainSettings
 from saetrain.stack import Stack
 from saetrain.stream import Batch
 from saetrain.stream.told import Told
-from saetrain.trainer import Trainer, TrainResult, complete, running
-from saetrain.workers import Workers, how_many
+from saetrain.workers import Workers, how_many, turn_length
 
 _DRAWN = (
     "its step went beside others, and one of them drew random numbers, although draws_random of "
     "its class is False. Correct that, or set fused.workers=1"
 )
-
-
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """One SAE of a group, and what became of it."""
-
-    settings: TrainSettings  # resolved
-    source: Source
-    record: dict[str, Any]  # of run.json
-    result: TrainResult | None = None
-    reason: str | None = None  # why it was dropped
-    trainer: Trainer | None = None  # while it is alive
-
-    def __post_init__(self) -> None:
-        self._open, self._generators = ExitStack(), dict[str, Tensor]()
-        self.logger: Logger | None = None
-        self.place: dict[str, Any] = self.source.start  # of the stream, at the job's step
-        self.first = 0  # steps done before this call
-        self.took = 0.0  # seconds of the last step
-        self.metrics: dict[str, Any] | None = None  # of the evaluation at the end
-
-    @property
-    def hooks(self) -> tuple[str, ...]:
-        """Input hooks first, in the order of the job's own stream."""
-        return tuple(dict.fromkeys((*self.source.hooks_in, *self.source.hooks_out)))
-
-    def start(self, device: torch.device, warn: Callable[[str], None]) -> None:
-        """Make the SAE, claim the folder, continue from the newest checkpoint."""
-        torch.manual_seed(self.settings.seed)
-        trainer = Trainer(self.settings, self.source, device)
-        self.record |= trainer.facts
-        held = running(trainer, self.record, bar=False, warn=warn)
-        self.logger = self._open.enter_context(held)
-        self.trainer, self.first = trainer, trainer.step
-        if trainer.step:
-            self.place = self.source.train.state_dict()
-
-    def fit_baseline(self) -> None:
-        """What `measure` would do with the training stream."""
-        trainer = self.alive()[0]
-        fit_baseline(self.source, self.settings.eval, trainer.device)
-
-    def measure(self) -> None:
-        """Save and evaluate, without a bar; in any thread."""
-        self.metrics = self.alive()[0].finish(self.record, progress=False)
-
-    def finish(self) -> None:
-        """Save and evaluate unless that is done, report, and let go of the memory."""
-        trainer, logger = self.alive()
-        metrics = complete(trainer, self.record, logger, self.metrics)
-        self.result = TrainResult(
-            run_dir=self.settings.run_dir,
-            metrics=metrics,
-            trained_steps=trainer.step - self.first,
-        )
-        self.close()
-
-    def drop(self, reason: str, *, record: bool = True) -> None:
-        """Let go of it; `record` keeps the reason in run.json, if the folder is this job's."""
-        self.reason = reason
-        say(f"dropped {self.settings.run_dir.name}: {reason}")
-        file = self.settings.run_dir / runs.RUN
-        if self.trainer is not None and runs.read_json(file).get("status") != "stopped":
-            runs.write_json(file, {**self.record, "status": "failed", "reason": reason})
-        self.close()
-
-    def close(self) -> None:
-        """Close logs and folder. The trainer is forgotten."""
-        self._open.close()
-        self.trainer = self.logger = None
-
-    def alive(self) -> tuple[Trainer, Logger]:
-        assert self.trainer is not None
-        assert self.logger is not None
-        return self.trainer, self.logger
-
-    @property
-    def beside(self) -> bool:
-        """Whether others may take a step meanwhile."""
-        return not (self.settings.compile or self.alive()[0].sae.draws_random)
-
-    def learn(self, batch: Batch) -> None:
-        """One step; in any thread."""
-        begun = time.perf_counter()
-        self.alive()[0].learn(_of_hooks(batch, self.hooks))
-        self.took = time.perf_counter() - begun
-
-    def tell(self) -> None:
-        """What the step came to."""
-        trainer, logger = self.alive()
-        trainer.tell(logger)
-
-    def save(self) -> None:
-        """A checkpoint, with the job's own generators; in any thread, outside of its turn."""
-        self.alive()[0].save(self._generators)
-
-    @contextmanager
-    def turn(self, device: torch.device) -> Iterator[None]:
-        """The job's own random generators, for the time of its turn."""
-        if self._generators:
-            ckpt.load_rng(self._generators, device)
-        yield
-        self._generators = ckpt.rng_tensors(device)
 
 
 class Lockstep:
@@ -269,35 +164,41 @@ class Lockstep:
         batches = cast(Any, iter(self.stream))
         with closing(batches), self._bar(active, position, steps) as bar, stop_flag() as stop:
             while active:
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - asked
                 now = [j for j in active if j.alive()[0].step == position]
+                asked = time.perf_counter()
+                turn = self._take(batches, 1 if len(stack) else _until_due(active, position))
+                for job in now:
+                    job.alive()[0].waited(time.perf_counter() - asked)
                 # The first step may change weights before it encodes: not stacked.
-                self._step(now, batch, waited, stack if position else None)
-                position += 1
-                bar.update()
+                self._step(now, turn, stack if position else None)
+                position += len(turn)
+                bar.update(len(turn))
                 active = [j for j in active if j.trainer and position < steps[id(j)]]
                 if stop.is_set():
                     raise self._interrupt(position)
         for job in self.living()[:1]:
             job.alive()[0].told.end()
 
-    def _step(self, now: Sequence[Job], batch: Batch, waited: float, stack: Stack | None) -> None:
-        """One batch through the jobs whose turn it is."""
+    def _take(self, batches: Iterator[Batch], n: int) -> list[Batch]:
+        """The next batches, n at most, as many as fit."""
+        turn = [next(batches)]
+        size = sum(4 * x.numel() for x in turn[0].acts.values())
+        more = min(n, turn_length(size)) - 1
+        return [*turn, *(next(batches) for _ in range(more))]
+
+    def _step(self, now: Sequence[Job], turn: Sequence[Batch], stack: Stack | None) -> None:
+        """These batches through the jobs that stand here."""
         place = self.stream.state_dict()
         for train in {id(j.source.train): j.source.train for j in now}.values():
             if train is not self.stream:  # its state goes into checkpoints
                 train.load_state_dict(place)
         if stack is not None:
-            stack.encode([j.alive()[0].sae for j in now], batch)
-        for job in now:
-            job.alive()[0].waited(waited)
+            stack.encode([j.alive()[0].sae for j in now], turn[0])
         beside = [j for j in now if self.workers.n > 1 and j.beside]
-        self._at_once(beside, lambda j: j.learn(batch))
+        self._at_once(beside, lambda j: j.learn(turn))
         for job in now:
             if job not in beside:
-                self._attempt(job, lambda j=job: j.learn(batch))  # type: ignore[misc]
+                self._attempt(job, lambda j=job: j.learn(turn))  # type: ignore[misc]
         for job in now:
             if job.trainer is not None:
                 self._attempt(job, job.tell)
@@ -347,13 +248,6 @@ class Lockstep:
         )
 
 
-def _of_hooks(batch: Batch, hooks: tuple[str, ...]) -> Batch:
-    """The batch as a stream of these hooks alone gives it."""
-    if tuple(batch.acts) == hooks:
-        return batch
-    return replace(batch, acts={h: batch.acts[h] for h in hooks})
-
-
 def _whole(settings: TrainSettings) -> bool:
     """Whether the encoder meets a whole batch, in fp32: in bf16 it selects in two stages."""
     return settings.precision == "fp32" and settings.pieces == 1 and not settings.compile
@@ -372,3 +266,9 @@ def _say_once(said: set[str], message: str) -> None:
 
 def _nothing(message: str) -> None:
     """What the first job of a group has said already."""
+
+
+def _until_due(active: Sequence[Job], position: int) -> int:
+    """Steps from `position` until a job has something else to do, or one ahead is reached."""
+    steps = [(j, j.alive()[0].step - position) for j in active]
+    return min(ahead or j.until_due for j, ahead in steps)

@@ -38,6 +38,7 @@ from saetrain.saes.base import SAE
 from saetrain.settings import TrainSettings
 from saetrain.stream import Batch
 from saetrain.trainer import Trainer
+from saetrain.workers import turn_length
 
 WARM_UP, MOST = 5, 25  # steps of `probe` that do not count, and that do at most
 KEPT = 2**30  # bytes of held-out rows that a group keeps at most
@@ -93,7 +94,7 @@ def together(
         optimizer=sum(m.optimizer for m in each),
         gradients=sum(nlargest(workers, (m.gradients for m in each))),
         activations=sum(at_once),
-        stream=stream_bytes(settings, source, hooks),
+        stream=stream_bytes(settings, source, hooks) + _turn_bytes(settings, source, hooks),
         held_out=held_out_bytes(many),
     )
 
@@ -145,6 +146,12 @@ def stream_bytes(settings: TrainSettings, source: Source, hooks: tuple[str, ...]
         size = _SIZES.get(known.dtype, 4) if known is not None else 4
         total += d * (rows * size + 4 * settings.batch_tokens)
     return total
+
+
+def _turn_bytes(settings: TrainSettings, source: Source, hooks: tuple[str, ...]) -> int:
+    """The batches of a turn of jobs in lockstep beyond the first one."""
+    batch = 4 * settings.batch_tokens * sum(source.train.space(h).d for h in hooks)
+    return batch * (turn_length(batch) - 1)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -25,7 +25,8 @@ from saetrain import plan, runs
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.expand import expand
 from saetrain.kept import Kept, Purse
-from saetrain.lockstep import Job, Lockstep
+from saetrain.lockstep import Lockstep
+from saetrain.lockstep_job import Job
 from saetrain.log import say, table
 from saetrain.runs import BatchStream, Source
 from saetrain.saes import make_config, sae_class

@@ -20,6 +20,8 @@ from typing import Self
 
 import torch
 
+TURN = 4  # batches that one job takes in a row, at most
+TURN_BYTES = 64 << 20  # of them
 MOST = 8  # by default: beyond, they would wait for each other's Python
 
 
@@ -29,6 +31,11 @@ def how_many(asked: int | None, n_jobs: int, device: torch.device) -> int:
         return 1
     wanted = min(torch.get_num_threads(), MOST) if asked is None else asked
     return max(1, min(wanted, n_jobs))
+
+
+def turn_length(batch_bytes: int) -> int:
+    """Batches that one job takes in a row."""
+    return max(1, min(TURN, TURN_BYTES // max(batch_bytes, 1)))
 
 
 class Workers:

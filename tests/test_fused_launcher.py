@@ -91,11 +91,11 @@ def test_ctrl_c_saves_all_jobs_and_the_command_continues(here: Path, capsys) -> 
     with pytest.MonkeyPatch.context() as patch:
         stop_once(patch, 11)
         assert run(*FUSED, *GRID) == 130
-    assert "stopped at step 11, saved 4 runs" in capsys.readouterr().err
+    assert "stopped at step 14, saved 4 runs" in capsys.readouterr().err
     assert run("sweep-status", "runs") == 0
     assert "4 interrupted" in capsys.readouterr().out
     assert run(*FUSED, *GRID) == 0
-    assert capsys.readouterr().err.count("at step 11 of 30") == 4
+    assert capsys.readouterr().err.count("at step 14 of 30") == 4
     assert run(*[w for w in FUSED if not w.startswith("hydra/")], *GRID, "runs_dir=whole") == 0
     for name, path in made().items():
         same(path, made("whole")[name])

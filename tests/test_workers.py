@@ -15,10 +15,12 @@ from training import rows, same, settings, weights
 
 from actcache.store.errors import DamagedError
 from saetrain import plan, train
+from saetrain import workers as teams
 from saetrain.errors import ConfigError
 from saetrain.evals import pca
 from saetrain.interrupt import Interrupted
 from saetrain.kept import Kept, Purse
+from saetrain.lockstep_job import Job
 from saetrain.saes import make_sae
 from saetrain.settings import TrainSettings
 from saetrain.stream import Stream
@@ -91,11 +93,39 @@ def test_at_sizes_where_operations_are_divided_among_threads(store: Path, tmp_pa
         same(single, fused)
 
 
+@pytest.mark.parametrize("turn_bytes", [teams.TURN_BYTES, 0])
+def test_a_turn_ends_where_something_is_due(
+    store: Path, tmp_path: Path, monkeypatch, turn_bytes: int
+) -> None:
+    monkeypatch.setattr(teams, "TURN_BYTES", turn_bytes)
+    turns: dict[str, list[int]] = {}
+    original = Job.learn
+
+    def learn(self, batches):
+        turns.setdefault(self.settings.run_dir.name, []).append(len(batches))
+        original(self, batches)
+
+    monkeypatch.setattr(Job, "learn", learn)
+    often = {"log_every": 5, "checkpoint": {"every_steps": 7}}
+    many = [
+        settings(store, tmp_path, tokens=64 * n, sae=SAE | {"k": k}, **often)
+        for n, k in ((20, 2), (17, 3))
+    ]
+    outcomes = train_together(many)
+    assert [o.reason for o in outcomes] == [None, None]
+    long, short = (turns[o.settings.run_dir.name] for o in outcomes)
+    if turn_bytes:
+        assert long == [4, 1, 2, 3, 4, 1, 2, 3]
+        assert short == [4, 1, 2, 3, 4, 1, 2]
+    else:
+        assert (long, short) == ([1] * 20, [1] * 17)
+
+
 def test_ctrl_c_and_going_on(store: Path, alone, tmp_path: Path) -> None:  # F68
     many = made(store, tmp_path, 2)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, 11)
-        with pytest.raises(Interrupted, match="stopped at step 11, saved 6 runs"):
+        with pytest.raises(Interrupted, match="stopped at step 12, saved 6 runs"):  # of a turn
             train_together(many)
     for outcome in train_together(many):
         equal_to_single(outcome.settings.run_dir, alone)
