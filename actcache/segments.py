@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from actcache import heap
 from actcache.data import Context
 from actcache.errors import HookError, NonFiniteError
 from actcache.hooks import Capture, HookPoint
@@ -50,6 +51,7 @@ class SegmentBuilder:
         self._model, self._points, self._device = model, points, device
         self._batch, self._dtype, self._cross = batch_contexts, dtype, cross_documents
         self._spare = spare
+        heap.keep()
 
     def alone(self) -> SegmentBuilder:
         """The same host, one context at a time, with rows in float32: for canaries."""

@@ -1,0 +1,62 @@
+"""Memory between forward passes: kept where the C library can, left alone where it is tuned."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+ROUNDS = """
+import resource, sys
+from actcache import heap
+kept = heap.keep() if "keep" in sys.argv else None
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(12):
+    before = faults() if i == 2 else 0 if i == 0 else before
+    blocks = [bytearray(8 << 20) for _ in range(4)]
+    del blocks
+print(kept, (faults() - before) / 10)
+"""
+PAGES = 4 * (8 << 20) // os.sysconf("SC_PAGE_SIZE")  # of one round
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+
+
+def rounds(*args: str, **environment: str) -> tuple[str, float]:
+    """What `heap.keep` says in a new process, and page faults of a round of blocks."""
+    command = [sys.executable, "-c", ROUNDS, *args]
+    tuned = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        command, env=tuned | environment, capture_output=True, text=True, check=True
+    )
+    kept, faults = done.stdout.split()
+    return kept, float(faults)
+
+
+@glibc
+def test_what_a_round_gives_back_is_there_for_the_next() -> None:
+    assert rounds()[1] > PAGES / 2  # what there is to gain
+    kept, faults = rounds("keep")
+    assert kept == "True"
+    assert faults < PAGES / 100
+
+
+@glibc
+@pytest.mark.parametrize(
+    "own", [{"MALLOC_TRIM_THRESHOLD_": "65536"}, {"GLIBC_TUNABLES": "glibc.malloc.top_pad=65536"}]
+)
+def test_whoever_tunes_malloc_is_left_alone(own: dict[str, str]) -> None:
+    kept, faults = rounds("keep", **own)
+    assert kept == "False"
+    assert faults > PAGES / 2
+
+
+def test_another_c_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actcache import heap
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(heap, "_tuned", lambda: False)
+    assert heap.keep.__wrapped__() is False
