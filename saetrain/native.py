@@ -24,9 +24,14 @@ _FLAGS = ("-O3", "-shared", "-fPIC")
 _SECONDS = 60  # for the compiler
 
 
+def wanted() -> bool:
+    """Whether the user wants compiled code."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
 def build(source: Path, *flags: str) -> Any:
     """The library made of a C file; None if it is not wanted or cannot be had."""
-    if os.environ.get(SWITCH, "1") == "0":
+    if not wanted():
         return None
     try:
         return ctypes.CDLL(str(_library(source, *_FLAGS, *flags)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,13 +160,21 @@ def test_the_number_of_threads_changes_nothing() -> None:
         assert torch.equal(one, three)
 
 
-def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way_out", [{SWITCH: "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
+def test_without_a_compiler_torch_does_it(
+    way_out: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
     ours = step(1)
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in way_out.items():
+        monkeypatch.setenv(name, value)
     cpu.compiled.cache_clear()
     assert not cpu.takes(torch.zeros(1))
     for fast, slow in zip(ours, step(1), strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-3)
+    told = [r.message for r in caplog.records]
+    assert len(told) == ("CC" in way_out)  # said once, and not if it was asked for
+    assert all("no C compiler with OpenMP" in t for t in told)
 
 
 def test_what_it_is_not_for() -> None:

@@ -9,6 +9,7 @@ is also what they are tested against. They use torch's own team of threads, as m
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saetrain.native import build
+from saetrain.native import build, wanted
 
+log = logging.getLogger(__name__)
 _SMALL = 1 << 15  # numbers read: below this, starting threads takes longer
 
 
@@ -113,8 +115,10 @@ def _call(name: str, *arguments: Any) -> None:
 
 @cache
 def compiled() -> Any:
-    """The library made of `sparse.c`; None if it is not wanted or cannot be had."""
+    """The library made of `sparse.c`; None, with a line of log, if it cannot be had."""
     library = build(Path(__file__).with_name("sparse.c"), "-march=native", "-fopenmp")
+    if library is None and wanted():
+        log.warning("no C compiler with OpenMP ($CC, cc): torch does a step's selection, slower")
     if library is not None:
         p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.topk_rows.argtypes = [p, i, n, n, n, p, p, i]

@@ -10,13 +10,12 @@ Cost: token tables of the segments that the first window touches, once per start
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from saetrain.native import SWITCH
+from saetrain.native import wanted
 from saetrain.stream.ahead import Traffic
 from saetrain.stream.hot import compiled
 from saetrain.stream.live import LiveStream
@@ -50,9 +49,9 @@ class Told:
         if isinstance(stream, Stream | Mix) and not isinstance(stream, SequenceStream):
             self._mixing = measure(stream)
             self._say(str(self._mixing))
-            if (wanted := advice(self._mixing, stream)) is not None:
-                self._say(f"warning: {wanted}")
-            if compiled() is None and os.environ.get(SWITCH) != "0":
+            if (better := advice(self._mixing, stream)) is not None:
+                self._say(f"warning: {better}")
+            if compiled() is None and wanted():
                 self._say("no C compiler ($CC, cc): numpy shuffles the rows, which is slower")
 
     def begin_like(self, other: Told) -> None:
