@@ -25,14 +25,12 @@ from saetrain.kernels.triton_decode import decode_forward, launch_decode, plain
 from saetrain.kernels.triton_latents import launch_dot, launch_sum
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def equalities(interpret: str) -> str:
     """What pytest says about tests/triton_equality.py, all of which must have passed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     env = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run(
         [*command, "tests/triton_equality.py"], cwd=ROOT, env=env, capture_output=True, text=True
@@ -94,8 +92,9 @@ def launched(n: int, k: int, width: int, dtype: torch.dtype) -> None:
 @needs_triton
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # 3.9 about a default of 3.10
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the compiler is turned off")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("dtype", "loads"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "loads"), [(80, torch.float32, 4), (90, torch.bfloat16, 2)]
+)
 def test_launches_compile_without_a_gpu(
     capability: int, dtype: torch.dtype, loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # F118
