@@ -6,7 +6,7 @@ are used as on a CPU. Triton is imported then and not before (0.2 s). Under torc
 runs while tracing, and its answer is a constant of the graph.
 
 The kernels equal their twins in Triton's interpreter on a CPU, and compile for compute capability
-8.0 to 10.0 (tests/test_kernels_triton.py). Their speed has not been measured on a GPU.
+8.0 and 9.0 (tests/test_kernels_triton.py). No GPU has run them yet: speed is not measured.
 """
 
 from __future__ import annotations
