@@ -24,6 +24,7 @@ from saetrain.kernels.batchtopk import encode_batchtopk, encode_batchtopk_of
 from saetrain.kernels.decode import decode
 from saetrain.kernels.encode import encode_topk
 from saetrain.kernels.latents import may_count
+from saetrain.kernels.topk import exact_topk
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ def largest_per_token(codes: Codes) -> Codes:
 
 def topk_codes(h: Tensor, k: int) -> SparseCodes:
     """relu(topk(h)): the k largest pre-activations h (..., F), those below zero cut to 0."""
-    values, indices = h.topk(k, dim=-1, sorted=False)
+    if may_count(h) and not (h.requires_grad and torch.is_grad_enabled()):
+        values, indices = exact_topk(h.reshape(-1, h.shape[-1]), k)
+        values, indices = (t.reshape(*h.shape[:-1], k) for t in (values, indices))
+    else:
+        values, indices = h.topk(k, dim=-1, sorted=False)
     return SparseCodes(values.relu(), indices, h.shape[-1])
 
 

@@ -151,3 +151,16 @@ def test_few_dead_latents_take_a_shorter_way_to_the_same_auxk(n_dead):  # F53
     (long + error.square().sum(1).mean() / sae.in_variance).backward()
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(short[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(700,), (3, 700), (2, 3, 700), (0, 700), (2, 0, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_topk_codes_without_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The quick way of inference finds what the differentiable one does."""
+    torch.manual_seed(0)
+    h = torch.randn(shape).to(dtype)
+    quick, plain = topk_codes(h, 5), topk_codes(h.clone().requires_grad_(), 5)
+    assert quick.values.shape == quick.indices.shape == (*shape[:-1], 5)
+    assert torch.equal(quick.dense(), plain.dense().detach())
+    with pytest.raises((RuntimeError, IndexError), match="out of range"):
+        topk_codes(h, shape[-1] + 1)

@@ -10,7 +10,7 @@ from test_saes import TOPK
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saetrain.kernels import encode
+from saetrain.kernels import cpu, encode
 
 
 class Recorder(TorchDispatchMode):
@@ -30,13 +30,18 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def test_topk_steps_make_nothing_dense(monkeypatch: pytest.MonkeyPatch) -> None:  # F118
+@pytest.mark.parametrize("compiled", [True, False])
+def test_topk_steps_make_nothing_dense(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:  # F118
+    if not compiled:
+        request.getfixturevalue("uncompiled")
     monkeypatch.setattr(encode, "CACHED", 128 * 2048)
     sae, recorder = TOPK.make(n_latents=2048), Recorder(512 * 2048)
     with recorder:
         sae.losses({HOOK: X[:512]}, END).total.backward()
     assert not recorder.large  # the pre-activations come in pieces of 128 tokens
-    assert "embedding_bag" in str(recorder.all)
+    assert ("embedding_bag" in str(recorder.all)) == (cpu.compiled() is None)
 
 
 def test_topk_steps_never_wait_for_the_device() -> None:

@@ -315,7 +315,10 @@ int topk_rows(const void *rows, int half, int64_t n_rows, int64_t n, int64_t k, 
         float *memory = malloc((size_t)(5 * size) * sizeof *memory);
         struct scratch s = {memory, memory + size, memory + 2 * size, memory + 3 * size,
                             (int32_t *)(memory + 4 * size)};
-        if (memory == NULL) failed = 1;
+        if (memory == NULL) {
+#pragma omp atomic write
+            failed = 1;
+        }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n_rows; i++)
             if (memory != NULL)
