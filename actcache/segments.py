@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from actcache import heap
 from actcache.data import Context
 from actcache.errors import HookError, NonFiniteError
 from actcache.hooks import Capture, HookPoint
 from actcache.host import forward
 from actcache.inputs import alike, joined, pictured
 from actcache.masks import Masks, check_isolation, document_masks, document_starts
-from actcache.store import TokenTable
+from actcache.store import TokenTable, heap
 from actcache.store.layout import DTYPES
 
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from actcache.store.errors import ActcacheError
+from saetrain import checkpoint as ckpt
 from saetrain import plan, runs
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.expand import expand
@@ -31,7 +32,7 @@ from saetrain.log import say, table
 from saetrain.runs import BatchStream, Source
 from saetrain.saes import make_config, sae_class
 from saetrain.settings import TrainSettings
-from saetrain.trainer import TrainResult, finished, own_generator
+from saetrain.trainer import TrainResult, finished
 from saetrain.workers import how_many
 
 # Settings that say which batches there are, and on what device.
@@ -252,7 +253,7 @@ def _order(stream: BatchStream) -> list[str]:
 
 def _train_group(jobs: Sequence[Job], device: torch.device) -> None:
     """Each ends with a result or a reason."""
-    with own_generator(jobs[0].settings.seed, device):
+    with ckpt.own_generator(jobs[0].settings.seed, device):
         Lockstep(jobs, _common(jobs, device), device).run()
 
 

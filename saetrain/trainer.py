@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actcache.store import heap
 from saetrain import checkpoint as ckpt
 from saetrain import hopeless, runs
 from saetrain.advice import advice, advice_alone
@@ -73,7 +74,7 @@ def train(
         say(word)
     device = runs.resolve_device(settings.device)
     settings, source = runs.sources(settings, stream, held_out, device)
-    with own_generator(settings.seed, device):
+    with ckpt.own_generator(settings.seed, device):
         result = _train(settings, source, device)
     print(result.table())
     return result
@@ -142,6 +143,8 @@ class Trainer:
 
     def __init__(self, settings: TrainSettings, source: Source, device: torch.device) -> None:
         self.settings, self.source, self.device = settings, source, device
+        if device.type == "cpu":
+            heap.keep()
         self.n_steps = n_steps(settings, source.train)
         self.sae = make_sae(settings.sae, source.spaces(), settings.saes_path).to(device)
         self.optim = Optimizer(self.sae, settings.optim, self.sae.n_latents, self.n_steps)
@@ -389,11 +392,3 @@ def n_steps(settings: TrainSettings, stream: BatchStream) -> int:
             f"tokens={settings.tokens:,} is less than one batch of {settings.batch_tokens:,}"
         )
     return settings.tokens // settings.batch_tokens
-
-
-@contextmanager
-def own_generator(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch for this run and give the caller's generators back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -6,12 +6,17 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from training import planted_store, settings
+
+from actcache.store import heap
+from saetrain import train
 
 ROUNDS = """
 import resource, sys
-from actcache import heap
+from actcache.store import heap
 kept = heap.keep() if "keep" in sys.argv else None
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for i in range(12):
@@ -55,8 +60,14 @@ def test_whoever_tunes_malloc_is_left_alone(own: dict[str, str]) -> None:
 
 
 def test_another_c_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from actcache import heap
-
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     monkeypatch.setattr(heap, "_tuned", lambda: False)
     assert heap.keep.__wrapped__() is False
+
+
+def test_training_on_a_cpu_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(heap, "keep", lambda: asked.append(1))
+    planted_store(tmp_path / "store", segments=(512,))
+    train(settings(tmp_path / "store", tmp_path / "runs", tokens=64 * 2))
+    assert asked
