@@ -145,6 +145,7 @@ class Trainer:
         self.settings, self.source, self.device = settings, source, device
         if device.type == "cpu":
             heap.keep()
+            heap.share()
         self.n_steps = n_steps(settings, source.train)
         self.sae = make_sae(settings.sae, source.spaces(), settings.saes_path).to(device)
         self.optim = Optimizer(self.sae, settings.optim, self.sae.n_latents, self.n_steps)
