@@ -2,9 +2,10 @@
 
 Memory of an SAE with P parameters and N buffer bytes, in fp32, B tokens a batch, F latents:
   weights       4 P + N
-  optimizer     the moments that it keeps, 8 P for Adam
+  optimizer     the moments that it keeps, 8 P for Adam; 4 P more for an average (ema_decay)
   gradients     8 P: the gradient, and a second one while terms are summed; of one SAE a worker
-  activations   4 B F x 2 where codes are sparse, x 8 where they are dense; likewise
+  activations   4 B F x 2 where codes are sparse, x 8 where they are dense, of one piece of a batch
+                that is cut up (grad_acc_steps, micro_acc_steps); likewise
   stream        two windows of rows as stored, and a batch in fp32
   held out      rows kept between evaluations, of a group only
 P comes from the architecture itself, built without memory (torch's meta device). What Python and
@@ -37,10 +38,13 @@ from saetrain.saes import make_sae
 from saetrain.saes.base import SAE
 from saetrain.settings import TrainSettings
 from saetrain.stream import Batch
+from saetrain.stream.sequences import SequenceBatch
 from saetrain.trainer import Trainer
+from saetrain.units import Unit
 from saetrain.workers import turn_length
 
 WARM_UP, MOST = 5, 25  # steps of `probe` that do not count, and that do at most
+PATIENCE = 20.0  # seconds after which either of them are enough
 KEPT = 2**30  # bytes of held-out rows that a group keeps at most
 _SIZES = {"bfloat16": 2, "float16": 2, "int8": 1}  # bytes a channel as stored; others 4
 _STATES = {"signum": 4, "muon": 4, "adam8bit": 2, "schedulefree": 8}  # bytes a parameter; others 8
@@ -68,12 +72,13 @@ def memory(settings: TrainSettings, source: Source) -> Memory:
     parameters = sum(p.numel() for p in sae.parameters())
     buffers = sum(b.numel() * b.element_size() for b in sae.buffers())
     sparse = isinstance(sae, Dictionary) and sae.activation.sparse
-    kind = settings.optim.name
+    moments = _STATES.get(settings.optim.name, 8) + 4 * (settings.optim.ema_decay is not None)
+    piece = settings.batch_tokens // settings.pieces
     return Memory(
         weights=4 * parameters + buffers,
-        optimizer=_STATES.get(kind, 8) * parameters,
+        optimizer=moments * parameters,
         gradients=8 * parameters,
-        activations=4 * settings.batch_tokens * sae.n_latents * (2 if sparse else 8),
+        activations=4 * piece * sae.n_latents * (2 if sparse else 8),
         stream=stream_bytes(settings, source, tuple(source.spaces())),
     )
 
@@ -204,29 +209,48 @@ def probe(
     Needs the memory of the run. The rows are random, with the mean and length of the store's. The
     first `WARM_UP` steps do not count: memory comes page by page from the system, kernels are
     chosen, threads start. Then steps for about `seconds`, `least` of them at least and `MOST` at
-    most.
+    most. Where steps are so long that this would take more than `PATIENCE`, twice, there are fewer:
+    one of each kind at least.
     """
     trainer = Trainer(settings, source, device)
-    rows: dict[str, Any] = {}
-    for hook, space in source.spaces().items():
-        noise = torch.randn(settings.batch_tokens, space.d) * (space.variance / space.d) ** 0.5
-        rows[hook] = (space.mean + noise).to(device)
-    empty = np.zeros(settings.batch_tokens, np.int32)
+    batch = _random_batch(settings, source, trainer.sae.unit, device)
 
-    def step(number: int) -> float:
+    def step() -> float:
         trainer.step = min(trainer.step, trainer.n_steps - 1)  # a short run has no step beyond
         begun = clock()
-        trainer._train_step(Batch(rows, _no_table, empty, 0, number))
+        trainer._train_step(batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return clock() - begun
 
-    for number in range(WARM_UP):
-        step(number)
-    took: list[float] = []
-    while len(took) < least or (sum(took) < seconds and len(took) < MOST):
-        took.append(step(WARM_UP + len(took)))
+    warm, took = [step()], list[float]()
+    while len(warm) < WARM_UP and sum(warm) < PATIENCE:
+        warm.append(step())
+    while (
+        not took
+        or (sum(took) < PATIENCE and len(took) < least)
+        or (sum(took) < seconds and len(took) < MOST)
+    ):
+        took.append(step())
     return statistics.median(took)
+
+
+def _random_batch(
+    settings: TrainSettings, source: Source, unit: Unit, device: torch.device
+) -> Batch:
+    """Rows, or whole contexts, in which every position counts."""
+    contexts = unit == "sequence" and source.snapshot is not None
+    n, acts = settings.batch_tokens, dict[str, torch.Tensor]()
+    shape = (n // int(source.snapshot.context), -1) if contexts else (n,)  # type: ignore[union-attr]
+    for hook, space in source.spaces().items():
+        noise = torch.randn(n, space.d) * (space.variance / space.d) ** 0.5
+        rows = (space.mean + noise).to(device)
+        acts[hook] = rows.view(*shape, space.d) if contexts else rows
+    empty = np.zeros(shape[0], np.int32)
+    if not contexts:
+        return Batch(acts, _no_table, empty, 0, 0)
+    counts = torch.ones(n, dtype=torch.bool, device=device).view(shape)
+    return SequenceBatch(acts, _no_table, empty, 0, 0, empty.astype(np.int64), counts, counts)
 
 
 def _no_table() -> Any:

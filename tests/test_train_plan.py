@@ -40,14 +40,16 @@ def probed(tmp_path: Path, monkeypatch):
 
 
 def test_steps_that_warm_up_do_not_count(probed) -> None:  # F116
-    slow_start = [9.0] * plan.WARM_UP
+    slow_start = [3.0] * plan.WARM_UP
     assert probed([*slow_start, 1.0, 2.0, 4.0])[0] == 2.0
     # The median: a step that something else delayed does not count either.
     assert probed([*slow_start, 0.25, 7.0, 0.25])[0] == 0.25
 
 
 def test_long_steps_are_few_and_short_ones_many(probed) -> None:
-    assert len(probed([60.0])[1]) == plan.WARM_UP + 3
+    assert len(probed([3.0])[1]) == plan.WARM_UP + 3
+    assert len(probed([60.0])[1]) == 2  # nobody waits minutes for a plan
+    assert probed([90.0, 60.0])[0] == 60.0
     assert len(probed([0.25])[1]) == plan.WARM_UP + 8  # two seconds of them
     assert len(probed([1e-4])[1]) == plan.WARM_UP + plan.MOST
 
@@ -64,3 +66,28 @@ def test_real_steps_are_timed(tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
     assert 0 < plan.probe(job.settings, job.source, job.device, seconds=0.0) < 10
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_steps_of_whole_contexts_are_timed(tmp_path: Path) -> None:
+    planted_store(tmp_path / "store", hooks=("resid.1", "attn.1"), segments=(1024,))
+    sae = {"name": "lorsa", "n_latents": 32, "heads_per_qk": 8, "d_qk": 4, "k": 4}
+    sae |= {"hook_out": "attn.1"}
+    cfg = settings(tmp_path / "store", tmp_path / "runs", hook="resid.1", sae=sae)
+    job = Opener().open(cfg)
+    assert 0 < plan.probe(job.settings, job.source, job.device, seconds=0.0) < 10
+
+
+def test_memory_of_an_average_and_of_pieces(tmp_path: Path) -> None:  # F51
+    planted_store(tmp_path / "store", segments=(1024,))
+
+    def memory(**changes) -> plan.Memory:
+        job = Opener().open(settings(tmp_path / "store", tmp_path / "runs", **changes))
+        return plan.memory(job.settings, job.source)
+
+    whole, averaged = memory(), memory(optim={"ema_decay": 0.9})
+    parameters = whole.optimizer // 8
+    assert parameters == 2 * 48 * 16 + 48 + 16
+    assert averaged.optimizer == 12 * parameters
+    cut = memory(grad_acc_steps=2, micro_acc_steps=4)
+    assert whole.activations == 8 * cut.activations
+    assert cut.weights == whole.weights
