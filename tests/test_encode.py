@@ -10,7 +10,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from actcache.store.bfloat16 import BFloat16
-from actcache.store.encode import encode_acts, encode_tokens
+from actcache.store.encode import encode_acts, encode_group, encode_tokens
 from actcache.store.layout import DTYPES, TOKEN_COLUMNS, TokenTable
 
 
@@ -49,6 +49,21 @@ def test_a_shard_is_what_zarr_writes(
     found = list(encode_acts("acts", rows, info))
     assert [key for key, _ in found] == list(wanted)  # objects come in this order, too
     assert dict(found) == wanted
+
+
+def test_a_group_is_what_zarr_writes_and_metadata_is_made_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects: dict[str, Any] = {}
+    zarr.create_group(MemoryStore(store_dict=objects), path="a/b")
+    key = "a/b/zarr.json"
+    assert list(encode_group("a/b")) == [(key, objects[key].to_bytes())]
+    rows, info = np.zeros((6, 2), np.float32), SimpleNamespace(key="h", chunk_rows=4, d=2)
+    first: Any = list(encode_acts("x", rows, info))  # type: ignore[arg-type]
+    monkeypatch.setattr(zarr, "create_array", lambda *_, **__: pytest.fail("made again"))
+    again: Any = list(encode_acts("y", rows + 1, info))  # type: ignore[arg-type]
+    assert again[1] == ("y/h/zarr.json", first[1][1])
+    assert again[0][1] != first[0][1]
 
 
 def test_token_columns_are_what_zarr_writes() -> None:

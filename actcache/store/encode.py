@@ -12,6 +12,7 @@ pass on the same cores would have to give. Costs twice a shard in memory beside 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache, lru_cache
 from typing import Any
 
 import google_crc32c
@@ -39,9 +40,7 @@ _DECODE = (
 
 def encode_group(path: str) -> Iterator[tuple[str, bytes]]:
     """The metadata object of a group."""
-    objects: dict[str, Any] = {}
-    zarr.create_group(MemoryStore(store_dict=objects), path=path)
-    yield f"{path}/zarr.json", objects[f"{path}/zarr.json"].to_bytes()
+    yield f"{path}/zarr.json", _group()
 
 
 def encode_tokens(path: str, tokens: TokenTable) -> Iterator[tuple[str, bytes]]:
@@ -50,8 +49,7 @@ def encode_tokens(path: str, tokens: TokenTable) -> Iterator[tuple[str, bytes]]:
         column = np.ascontiguousarray(getattr(tokens, name), dtype=dtype)
         array, data = f"{path}/{name}", column.tobytes()
         yield f"{array}/c/0", data + _crc(data)
-        objects = _create(array, column.shape, dtype, column.shape, None, ("row",))
-        yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+        yield f"{array}/zarr.json", _array(column.shape, dtype, column.shape, None, ("row",))
 
 
 def encode_acts(
@@ -62,8 +60,10 @@ def encode_acts(
     shape = (-(-len(rows) // info.chunk_rows) * info.chunk_rows, info.d)
     array = f"{path}/{info.key}"
     yield f"{array}/c/0/0", shard(rows, info.chunk_rows)
-    objects = _create(array, rows.shape, rows.dtype, chunk, shape, ("row", "channel"), note)
-    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+    yield (
+        f"{array}/zarr.json",
+        _array(rows.shape, rows.dtype, chunk, shape, ("row", "channel"), note),
+    )
 
 
 def encode_int8(folder: str, rows: Int8Rows, info: HookInfo) -> Iterator[tuple[str, bytes]]:
@@ -72,14 +72,15 @@ def encode_int8(folder: str, rows: Int8Rows, info: HookInfo) -> Iterator[tuple[s
     chunk, array = info.chunk_rows, f"{folder}/scales/{info.key}"
     yield f"{array}/c/0", shard(rows.scale, chunk)
     shards = (-(-len(rows.scale) // chunk) * chunk,)
-    objects = _create(array, rows.scale.shape, rows.scale.dtype, (chunk,), shards, ("row",))
-    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+    yield (
+        f"{array}/zarr.json",
+        _array(rows.scale.shape, rows.scale.dtype, (chunk,), shards, ("row",)),
+    )
     array, values = f"{folder}/calibration/{info.key}", rows.calibration.array
     data = values.tobytes()
     yield f"{array}/c/0/0", data + _crc(data)
     names = ("mean, std", "channel")
-    objects = _create(array, values.shape, values.dtype, values.shape, None, names)
-    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+    yield f"{array}/zarr.json", _array(values.shape, values.dtype, values.shape, None, names)
 
 
 def encode_norms(
@@ -89,8 +90,7 @@ def encode_norms(
     array, values = f"{folder}/norms/{info.key}", row_norms(rows)
     data = values.tobytes()
     yield f"{array}/c/0", data + _crc(data)
-    objects = _create(array, values.shape, values.dtype, values.shape, None, ("row",))
-    yield f"{array}/zarr.json", objects[f"{array}/zarr.json"].to_bytes()
+    yield f"{array}/zarr.json", _array(values.shape, values.dtype, values.shape, None, ("row",))
 
 
 def row_norms(rows: NDArray[Any] | Int8Rows) -> F32:
@@ -131,20 +131,29 @@ def _crc(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
-def _create(
-    path: str,
+@cache
+def _group() -> bytes:
+    """zarr.json of a group."""
+    objects: dict[str, Any] = {}
+    zarr.create_group(MemoryStore(store_dict=objects))
+    return bytes(objects["zarr.json"].to_bytes())
+
+
+@lru_cache(maxsize=256)
+def _array(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None,
     names: tuple[str, ...],
     note: str | None = None,
-) -> dict[str, Any]:
-    """Objects of an array without its chunks: a memory store, by key."""
+) -> bytes:
+    """zarr.json of an array, wherever it lies. Made once for segments of equal size: zarr-python's
+    event loop would take Python's lock from the forward pass, a dozen times a segment.
+    """
     objects: dict[str, Any] = {}
     zarr.create_array(
         MemoryStore(store_dict=objects),
-        name=path,
         shape=shape,
         dtype=BFloat16() if dtype.name == "bfloat16" else dtype,
         chunks=chunks,
@@ -156,4 +165,4 @@ def _create(
         attributes=None if note is None else {"decode": note},
         config={"write_empty_chunks": True},
     )
-    return objects
+    return bytes(objects["zarr.json"].to_bytes())
