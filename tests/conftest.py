@@ -6,6 +6,7 @@ Shapes of the tiny host: 3 layers, d = 32, 4 heads, contexts up to 128, about 40
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -129,3 +130,65 @@ def asked(tiny_host: Path, tiny_parquet: Path, tmp_path: Path) -> Callable[..., 
         return CacheSettings(**(defaults | kw))
 
     return make
+
+
+# -- of several modules; what they need is imported when they are asked for ------------------------
+
+
+@pytest.fixture(scope="session")
+def planted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store of two hooks in it."""
+    from training import planted_store
+
+    path = tmp_path_factory.mktemp("planted")
+    planted_store(path / "store", hooks=("resid.2", "resid.3"), segments=(1024,))
+    return path
+
+
+@pytest.fixture
+def here(planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a link to the store, to run commands in."""
+    (tmp_path / "store").symlink_to(planted_folder / "store")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small store with a canary, for `root` to copy."""
+    import hostile
+
+    path = tmp_path_factory.mktemp("hostile") / "store"
+    hostile.small_store(path)
+    return path
+
+
+@pytest.fixture
+def root(original: Path, tmp_path: Path) -> Path:
+    """A copy of `original` that the test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Qwen2.5-VL."""
+    from chats import vision_host
+
+    return Path(vision_host(tmp_path_factory.mktemp("vision")))
+
+
+@pytest.fixture(scope="session")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet of three conversations, some of which show images."""
+    from chats import write_chats
+
+    return Path(write_chats(tmp_path_factory.mktemp("shown"), id=["a", "b", "c"]))
+
+
+@pytest.fixture
+def pictured(vision: Path, shown: Path, tmp_path: Path) -> Callable[..., CacheSettings]:
+    """Settings for a store of those images; keyword arguments replace fields."""
+    from chats import asking
+
+    made: Callable[..., CacheSettings] = asking(vision, shown, tmp_path / "store")
+    return made

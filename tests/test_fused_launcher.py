@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_train_cli import QUIET, run
-from training import planted_store, rows, same, stop_after
+from training import rows, same, stop_after
 
 from saetrain import runs
 from saetrain.evals.run import EVAL
@@ -21,20 +21,6 @@ from saetrain.trainer import Trainer
 
 FUSED = ("-m", "+experiment=topk_demo", "store=store", "hydra/launcher=fused", *QUIET)
 GRID = ("sae.k=2,4", "sae.n_latents=32,48")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("fused")
-    planted_store(path / "store", hooks=("resid.2", "resid.3"), segments=(1024,))
-    return path
-
-
-@pytest.fixture
-def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "store").symlink_to(folder / "store")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def made(runs_dir: str = "runs") -> dict[str, Path]:

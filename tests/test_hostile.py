@@ -17,19 +17,6 @@ from actcache.store import StoreVersionError
 from actcache.store.ids import bytes_digest
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hostile") / "store"
-    small_store(root)
-    return root
-
-
-@pytest.fixture
-def root(original, tmp_path):
-    shutil.copytree(original, tmp_path / "store")
-    return tmp_path / "store"
-
-
 def test_the_store_itself_is_whole_and_sealing_changes_nothing(root):
     assert use(root) == []
     seal(root)

@@ -10,7 +10,7 @@ import shutil
 import google_crc32c
 import numpy as np
 import pytest
-from hostile import HOOK, OPENED, RECORDS, edit, record_file, refused, seal, small_store, use
+from hostile import HOOK, OPENED, RECORDS, edit, record_file, refused, seal, use
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import identity
@@ -25,20 +25,6 @@ from actcache.store import (
 )
 from actcache.store.collect import find_garbage, remove
 from actcache.store.writer import StoreWriter
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hostile") / "store"
-    small_store(root)
-    return root
-
-
-@pytest.fixture
-def root(original, tmp_path):
-    shutil.copytree(original, tmp_path / "store")
-    return tmp_path / "store"
-
 
 # -- objects ---------------------------------------------------------------------------------------
 

@@ -14,8 +14,6 @@ from chats import (
     PICTURES,
     SHOWN,
     TEMPLATE,
-    asking,
-    vision_host,
     write_chats,
 )
 from PIL import Image
@@ -32,21 +30,6 @@ from actcache.sources import DataSettings, open_source
 from actcache.store import FLAG_IMAGE, FLAG_SPECIAL, ROLES, StoreMissingError, eligible, roles_of
 
 HOOKS = ("resid.0", "resid.1", "mlp.1", "resid_pre.0")
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return vision_host(tmp_path_factory.mktemp("vision"))
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    return write_chats(tmp_path_factory.mktemp("shown"), id=["a", "b", "c"])
-
-
-@pytest.fixture
-def wanted(host, shown, tmp_path):
-    return asking(host, shown, tmp_path / "store")
 
 
 # -- an independent way from messages to activations -----------------------------------------------
@@ -106,16 +89,16 @@ def activations(model, ids, inputs):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 512])
-def test_stored_activations_equal_a_manual_forward(wanted, host, batch_tokens):  # F114, F17
-    settings = wanted(host=HostSettings(model=str(host), batch_tokens=batch_tokens))
+def test_stored_activations_equal_a_manual_forward(pictured, vision, batch_tokens):  # F114, F17
+    settings = pictured(host=HostSettings(model=str(vision), batch_tokens=batch_tokens))
     store = run(
         dataclasses.replace(settings, layout=dataclasses.replace(SMALL, unit_bytes=1 << 20))
     ).store
     found = sorted(contexts_of(store.snapshot()).values(), key=lambda c: c[0].tolist())
-    model = whole_model(host)
+    model = whole_model(vision)
     expected = []
     for messages, pictures in zip(SHOWN, PICTURES, strict=True):
-        ids, _, inputs = by_hand(host, messages, pictures)
+        ids, _, inputs = by_hand(vision, messages, pictures)
         expected.append((ids.numpy(), activations(model, ids, inputs)))
     expected.sort(key=lambda c: c[0].tolist())
     for (tokens, _, acts), (ids, own) in zip(found, expected, strict=True):
@@ -124,10 +107,10 @@ def test_stored_activations_equal_a_manual_forward(wanted, host, batch_tokens): 
             np.testing.assert_allclose(acts[hook], own[hook], rtol=2e-4, atol=2e-5)
 
 
-def test_token_types_decide_the_activations_behind_an_image(host):  # F114
+def test_token_types_decide_the_activations_behind_an_image(vision):  # F114
     """What would be stored if mm_token_type_ids were not passed is something else."""
-    model = whole_model(host)
-    ids, image, inputs = by_hand(host, SHOWN[0], PICTURES[0])
+    model = whole_model(vision)
+    ids, image, inputs = by_hand(vision, SHOWN[0], PICTURES[0])
     right = activations(model, ids, inputs)["resid.1"]
     inputs.pop("mm_token_type_ids")
     wrong = activations(model, ids, inputs)["resid.1"]
@@ -137,12 +120,12 @@ def test_token_types_decide_the_activations_behind_an_image(host):  # F114
     assert error[first + 2 :].min() > 1e-2
 
 
-def test_image_rows_and_roles(wanted, host):  # F17, F114
-    snapshot = run(wanted()).store.snapshot()
+def test_image_rows_and_roles(pictured, vision):  # F17, F114
+    snapshot = run(pictured()).store.snapshot()
     tables = [s.tokens() for s in snapshot.segments]
     flags = np.concatenate([t.flags for t in tables])
     ids = np.concatenate([t.token_id for t in tables])
-    image = Host(HostSettings(model=str(host))).tokenizer.convert_tokens_to_ids(IMAGE)
+    image = Host(HostSettings(model=str(vision))).tokenizer.convert_tokens_to_ids(IMAGE)
     assert np.array_equal((flags & FLAG_IMAGE) != 0, ids == image)
     assert (flags & FLAG_IMAGE != 0).sum() == 6 + 8 + 1
     assert not (flags[ids == image] & FLAG_SPECIAL).any()
@@ -152,12 +135,12 @@ def test_image_rows_and_roles(wanted, host):  # F17, F114
     assert not (eligible(flags, modality="text") & eligible(flags, modality="image")).any()
 
 
-def test_token_ids_are_those_of_apply_chat_template(host, shown):  # F10
+def test_token_ids_are_those_of_apply_chat_template(vision, shown):  # F10
     from transformers import AutoTokenizer
 
-    folder = Host(HostSettings(model=str(host)))
+    folder = Host(HostSettings(model=str(vision)))
     processor = load_processor(folder.folder, folder.config, folder.tokenizer, False)
-    packing = packing_of(host, shown)
+    packing = packing_of(vision, shown)
     source = open_source(
         DataSettings(files=str(shown), messages_column="messages", images_column="images")
     )
@@ -178,7 +161,7 @@ def test_token_ids_are_those_of_apply_chat_template(host, shown):  # F10
         ]
         theirs = processor.apply_chat_template(inline, tokenize=True, return_dict=True)
         assert context.token_id.tolist() == theirs["input_ids"][0]
-        rendered = AutoTokenizer.from_pretrained(host).apply_chat_template(
+        rendered = AutoTokenizer.from_pretrained(vision).apply_chat_template(
             messages, chat_template=TEMPLATE, tokenize=False
         )
         assert rendered.count(IMAGE) == len(pictures)
@@ -201,13 +184,13 @@ def packing_of(host, shown, **kw):
     return found
 
 
-def test_a_run_that_is_repeated_computes_nothing_and_new_hooks_share_the_rows(wanted):
-    first = run(wanted(hooks=("resid.1",)))
-    again = run(wanted(hooks=("resid.1",)))
+def test_a_run_that_is_repeated_computes_nothing_and_new_hooks_share_the_rows(pictured):
+    first = run(pictured(hooks=("resid.1",)))
+    again = run(pictured(hooks=("resid.1",)))
     assert (first.computed > 0, again.computed) == (True, 0)
-    more = run(wanted(hooks=("resid.0",)))
+    more = run(pictured(hooks=("resid.0",)))
     assert more.computed == first.computed
-    both = run(wanted(hooks=("resid.0", "resid.1")))
+    both = run(pictured(hooks=("resid.0", "resid.1")))
     assert both.computed == 0
     assert set(both.store.snapshot().hooks) == {"resid.0", "resid.1"}
 
@@ -222,23 +205,23 @@ def test_images_streamed_are_the_same_documents(shown):  # F29
     assert [len(d.images) for d in local.read(unit)] == [2, 0, 1]
 
 
-def test_store_identity_covers_template_processor_and_columns(wanted, host, shown, tmp_path):
+def test_store_identity_covers_template_processor_and_columns(pictured, vision, shown, tmp_path):
     import json
     import shutil
 
     from actcache.run import prepare
 
-    own = prepare(wanted()).identity
+    own = prepare(pictured()).identity
     assert own.token_stream["data"]["images_column"] == "images"
-    other = shutil.copytree(host, tmp_path / "other")
+    other = shutil.copytree(vision, tmp_path / "other")
     settings = json.loads((other / "preprocessor_config.json").read_text())
     settings["size"]["longest_edge"] = 256
     (other / "preprocessor_config.json").write_text(json.dumps(settings))
-    changed = prepare(wanted(host=HostSettings(model=str(other)))).identity
+    changed = prepare(pictured(host=HostSettings(model=str(other)))).identity
     assert own.token_stream["packing"]["images"] != changed.token_stream["packing"]["images"]
     assert own.host == changed.host
     (tmp_path / "t.jinja").write_text(TEMPLATE + " ")
-    spaced = prepare(wanted(data_chat_template=str(tmp_path / "t.jinja"))).identity
+    spaced = prepare(pictured(data_chat_template=str(tmp_path / "t.jinja"))).identity
     packings = own.token_stream["packing"], spaced.token_stream["packing"]
     assert [k for k in packings[0] if packings[0][k] != packings[1][k]] == ["chat_template"]
 
@@ -246,57 +229,59 @@ def test_store_identity_covers_template_processor_and_columns(wanted, host, show
 # -- cutting ---------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_cut_behind_its_images_only(wanted, host, shown, tmp_path):
-    lengths = [len(by_hand(host, m, p)[0]) for m, p in zip(SHOWN, PICTURES, strict=True)]
-    image = np.flatnonzero(by_hand(host, SHOWN[0], PICTURES[0])[1])
+def test_a_conversation_is_cut_behind_its_images_only(pictured, vision, shown, tmp_path):
+    lengths = [len(by_hand(vision, m, p)[0]) for m, p in zip(SHOWN, PICTURES, strict=True)]
+    image = np.flatnonzero(by_hand(vision, SHOWN[0], PICTURES[0])[1])
     limit = int(image[-1]) + 1
     assert limit < lengths[0]
     said = []
-    cut = run(wanted(context=limit), said.append).store
+    cut = run(pictured(context=limit), said.append).store
     assert any(f"conversations cut at context={limit}" in line for line in said)
-    ids, _, inputs = by_hand(host, SHOWN[0], PICTURES[0])
+    ids, _, inputs = by_hand(vision, SHOWN[0], PICTURES[0])
     inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, :limit]
-    own = activations(whole_model(host), ids[:limit], inputs)
+    own = activations(whole_model(vision), ids[:limit], inputs)
     found = [
         c for c in contexts_of(cut.snapshot()).values() if c[0].tolist() == ids[:limit].tolist()
     ]
     np.testing.assert_allclose(found[0][2]["resid.1"], own["resid.1"], rtol=2e-4, atol=2e-5)
     with pytest.raises(DataError, match=r"conversation 'a' has \d+ tokens.*would cut an image"):
-        run(wanted(context=limit - 1, store=str(tmp_path / "no")))
+        run(pictured(context=limit - 1, store=str(tmp_path / "no")))
 
 
-def test_long_conversations_are_left_out_or_refused(wanted, host, tmp_path):
-    lengths = [len(by_hand(host, m, p)[0]) for m, p in zip(SHOWN, PICTURES, strict=True)]
+def test_long_conversations_are_left_out_or_refused(pictured, vision, tmp_path):
+    lengths = [len(by_hand(vision, m, p)[0]) for m, p in zip(SHOWN, PICTURES, strict=True)]
     limit = sorted(lengths)[1]
     said = []
-    result = run(wanted(context=limit, pack=PackSettings(long_chat="drop")), said.append)
+    result = run(pictured(context=limit, pack=PackSettings(long_chat="drop")), said.append)
     assert result.tokens == sum(n for n in lengths if n <= limit)
     assert f"1 conversations left out: longer than context={limit}" in said
     with pytest.raises(DataError, match=r"raise context, or cut or leave it out"):
-        run(wanted(context=limit, pack=PackSettings(long_chat="error"), store=str(tmp_path / "e")))
+        run(
+            pictured(context=limit, pack=PackSettings(long_chat="error"), store=str(tmp_path / "e"))
+        )
 
 
 # -- what needs pixels again -----------------------------------------------------------------------
 
 
-def test_add_hooks_says_that_pixels_are_missing(wanted, host):
-    store = run(wanted()).store
+def test_add_hooks_says_that_pixels_are_missing(pictured, vision):
+    store = run(pictured()).store
     settings = AddHooksSettings(
-        host=HostSettings(model=str(host)), store=str(store.path), hooks="attn", progress=False
+        host=HostSettings(model=str(vision)), store=str(store.path), hooks="attn", progress=False
     )
     with pytest.raises(DataError, match=r"made from images.*no pixels.*actcache run"):
         add_hooks(settings)
 
 
-def test_canary_uses_conversations_without_images(wanted, host, shown, tmp_path):
-    store = run(wanted(layout=dataclasses.replace(SMALL, unit_bytes=1 << 20))).store
-    results = check(store.path, HostSettings(model=str(host)))
+def test_canary_uses_conversations_without_images(pictured, vision, shown, tmp_path):
+    store = run(pictured(layout=dataclasses.replace(SMALL, unit_bytes=1 << 20))).store
+    results = check(store.path, HostSettings(model=str(vision)))
     assert {r.hook for r in results} == set(HOOKS)
     assert all(r.ok and r.contexts == 1 for r in results)
     only = write_chats(tmp_path / "only", SHOWN[2:], PICTURES[2:], id=["c"])
-    pictured = run(wanted(data_files=str(only), store=str(tmp_path / "pictured"))).store
+    shows = run(pictured(data_files=str(only), store=str(tmp_path / "pictured"))).store
     with pytest.raises(StoreMissingError, match="has images, whose pixels a store does not keep"):
-        check(pictured.path, HostSettings(model=str(host)))
+        check(shows.path, HostSettings(model=str(vision)))
 
 
 def test_contexts_with_images_are_never_run_without_pixels():
@@ -320,9 +305,9 @@ def test_contexts_share_a_pass_only_if_their_tensors_can_be_joined():
 
 
 @pytest.mark.parametrize("hook", ["visual.blocks.0", "visual.merger", "visual.blocks.1.mlp:in"])
-def test_hooks_of_the_vision_tower_are_refused_with_the_reason(wanted, hook):
+def test_hooks_of_the_vision_tower_are_refused_with_the_reason(pictured, hook):
     with pytest.raises(HookError, match=r"vision tower, whose rows are patches.*resid_pre\.0"):
-        run(wanted(hooks=(hook,)))
+        run(pictured(hooks=(hook,)))
 
 
 def test_images_are_turned_as_their_exif_says():
@@ -339,14 +324,14 @@ def test_images_are_turned_as_their_exif_says():
     assert decode_image(palette.getvalue(), "it").mode == "RGB"
 
 
-def test_pixels_are_kept_in_the_type_of_the_host(host, shown):
-    assert isinstance(packing_of(host, shown), ChatPacking)
-    packing = dataclasses.replace(packing_of(host, shown), dtype=torch.bfloat16)
+def test_pixels_are_kept_in_the_type_of_the_host(vision, shown):
+    assert isinstance(packing_of(vision, shown), ChatPacking)
+    packing = dataclasses.replace(packing_of(vision, shown), dtype=torch.bfloat16)
     source = open_source(
         DataSettings(files=str(shown), messages_column="messages", images_column="images")
     )
     documents = [d for unit in source.units(1) for d in source.read(unit)]
-    (context,) = packing.contexts(documents[:1], Host(HostSettings(model=str(host))).tokenizer)
+    (context,) = packing.contexts(documents[:1], Host(HostSettings(model=str(vision))).tokenizer)
     assert context.inputs["pixel_values"].dtype == torch.bfloat16
     assert context.inputs["image_grid_thw"].dtype == torch.int64
     assert context.inputs["mm_token_type_ids"].shape == (len(context),)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from stores import make_store
-from training import planted_store, rows, same, stop_after
+from training import rows, same, stop_after
 
 from saetrain.cli import config_dir, main, settings_from
 from saetrain.evals.run import EVAL
@@ -32,22 +32,6 @@ SMALL = (
 )
 QUIET = (*SMALL, "progress=false")
 YAML = {group: sorted((config_dir() / group).glob("*.yaml")) for group in ("sae", "experiment")}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store in it, to run commands in."""
-    path = tmp_path_factory.mktemp("cli")
-    planted_store(path / "store", hooks=("resid.2", "resid.3"), segments=(1024,))
-    return path
-
-
-@pytest.fixture
-def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with a link to the store."""
-    (tmp_path / "store").symlink_to(folder / "store")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(*args: str) -> int:
