@@ -155,7 +155,7 @@ def _train(args: Sequence[str]) -> None:
     with _environment({outcomes.RECORD: str(record)}):
         _hydra(job, args)
     found = outcomes.read(record)
-    if found:
+    if len(found) > 1 or any(o.run_dir for o in found):  # else its error has been told
         print(outcomes.told(found))
     if failed or any(o.run_dir is None for o in found):
         sys.exit(1)

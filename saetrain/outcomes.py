@@ -83,7 +83,7 @@ def told(outcomes: Sequence[Outcome]) -> str:
     common = set.intersection(*(set(o.overrides) for o in outcomes))
     rows: list[dict[str, object]] = []
     for o in sorted(outcomes, key=lambda o: o.run_dir is None):
-        name = " ".join(w for w in o.overrides if w not in common) or " ".join(o.overrides)
+        name = " ".join(w for w in o.overrides if w not in common) or f"job {o.job}"
         early = (o.reason or "").startswith(EARLY)
         state = "stopped" if early else "failed"
         row: dict[str, object] = {"job": name, "FVE": state, "L0": None, "folder": o.reason}
@@ -93,7 +93,9 @@ def told(outcomes: Sequence[Outcome]) -> str:
         rows.append(row)
     done = sum(o.run_dir is not None for o in outcomes)
     jobs = f"job{'s' * (len(rows) > 1)}"
-    return f"\n{done} of {len(rows)} {jobs} finished\n{table(rows)}{_best(outcomes)}"
+    return (
+        f"\n{done} of {len(rows)} {jobs} finished\n{table(rows)}{_best(outcomes)}{_page(outcomes)}"
+    )
 
 
 def _best(outcomes: Sequence[Outcome]) -> str:
@@ -103,3 +105,11 @@ def _best(outcomes: Sequence[Outcome]) -> str:
         return ""
     top, best = max(scored, key=lambda pair: pair[0])
     return f"\nbest at L0 = {best.target_l0:g}: {best.run_dir} (score {top:.4f})"
+
+
+def _page(outcomes: Sequence[Outcome]) -> str:
+    """What draws all runs, where there are several."""
+    folders = {str(Path(o.run_dir).parent) for o in outcomes if o.run_dir is not None}
+    if sum(o.run_dir is not None for o in outcomes) < 2:
+        return ""
+    return f"\none page for all of them: saetrain report {os.path.commonpath(folders) or '.'}"

@@ -45,6 +45,7 @@ def test_a_sweep_is_fused_and_equals_the_jobs_one_by_one(here: Path, capsys) -> 
     out = capsys.readouterr()
     assert "4 runs share a stream" in out.err
     assert "4 of 4 jobs finished" in out.out
+    assert out.out.endswith("\none page for all of them: saetrain report runs\n")
     assert out.err.count("mixing:") == 1
     plain = [w for w in FUSED if not w.startswith("hydra/")]
     assert run(*plain, *GRID, "runs_dir=single") == 0
@@ -123,7 +124,12 @@ def test_one_sae_a_hook_from_the_command(here: Path, capsys) -> None:  # F43 F50
     same(made()[name], single)
     capsys.readouterr()
     assert run("store=store", "layers=[2,3]", "layer_stride=2", *QUIET) == 1
-    assert "layer_stride=2 or layers=[2,3], not both" in capsys.readouterr().err
+    out = capsys.readouterr()
+    assert "layer_stride=2 or layers=[2,3], not both" in out.err
+    assert run("store=store", "hook=embed", "layers=[2]", *QUIET) == 1
+    out = capsys.readouterr()
+    assert out.err.startswith("error: hook=embed: layers and layer_stride need")
+    assert out.out == ""  # no table of one job that failed
     assert run("store=store", "hooks=[resid.2,resid.7]", *QUIET) == 1
     out = capsys.readouterr()
     assert "1 of 2 jobs finished" in out.out

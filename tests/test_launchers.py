@@ -186,5 +186,5 @@ def test_outcomes_are_read_in_the_order_of_jobs(tmp_path: Path, monkeypatch) -> 
     assert "b=1  failed   -  no" in outcomes.told(made)
     early = Outcome(job=0, overrides=("a=1",), reason="stopped early at step 4: fve 0.1 is below")
     assert "1 job finished\n" in outcomes.told([early])
-    assert "a=1  stopped   -  stopped early at step 4" in outcomes.told([early])
+    assert "job 0  stopped   -  stopped early at step 4" in outcomes.told([early])
     assert -math.inf == outcomes.FAILED
