@@ -162,6 +162,14 @@ def test_statistics_of_storage_types_are_near_those_of_float64(dtype):
     assert HookStats.of(x).nonfinite == 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_some_rows_are_those_of_a_copy(dtype):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((3000, 96), dtype=np.float32).astype(DTYPES[dtype])
+    for some in (np.flatnonzero(rng.random(3000) < 0.9), np.arange(0), np.arange(3000)):
+        assert HookStats.of(x, some).to_json() == HookStats.of(x[some]).to_json()
+
+
 def test_statistics_of_a_snapshot_leave_special_tokens_out(store):
     snapshot = store.snapshot()
     rows = np.concatenate([as_float(s.acts("resid.2").read()) for s in snapshot.segments])

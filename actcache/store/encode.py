@@ -115,19 +115,21 @@ def shard(rows: NDArray[Any], chunk_rows: int) -> bytes:
 
     All numbers are little-endian.
     """
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     places: list[int] = []
+    memory = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
     for start in range(0, len(rows), chunk_rows):
-        chunk = rows[start : start + chunk_rows].tobytes()
-        chunk = chunk.ljust(chunk_rows * rows[0].nbytes, b"\0")
+        chunk: Any = memory[start : start + chunk_rows].reshape(-1)
+        if (short := chunk_rows * memory.shape[1] - len(chunk)) > 0:
+            chunk = np.pad(chunk, (0, short))
         size = len(chunk) + 4
         places += [len(places) // 2 * size, size]
-        parts += [chunk, _crc(chunk)]
+        parts += [chunk.data, _crc(chunk)]
     index = np.array(places, dtype="<u8").tobytes()
     return b"".join([*parts, index, _crc(index)])
 
 
-def _crc(data: bytes) -> bytes:
+def _crc(data: bytes | NDArray[np.uint8]) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 

@@ -38,16 +38,18 @@ class HookStats:
         return cls(0, np.zeros(d), np.zeros(d), 0.0, 0.0, 0)
 
     @classmethod
-    def of(cls, x: NDArray[Any]) -> Self:
-        """Statistics of rows x (n, d), any float type.
+    def of(cls, x: NDArray[Any], some: NDArray[np.intp] | None = None) -> Self:
+        """Statistics of rows x (n, d), any float type; of the rows numbered `some`, if given.
 
+        Those are the statistics of x[some], bit for bit, without a copy of all of them.
         Storage types are worked on in float32 and summed in float64: the mean is that of float64,
         M2 is within 1e-7 of it and the norms within 1e-6, at ten times the speed.
         """
         total = cls.empty(x.shape[1])
         rows = max(1, _BLOCK // x.shape[1])
-        for start in range(0, len(x), rows):
-            total = total.merge(cls._block(wide(x[start : start + rows])))
+        for start in range(0, len(x) if some is None else len(some), rows):
+            block = slice(start, start + rows)
+            total = total.merge(cls._block(wide(x[block if some is None else some[block]])))
         return total
 
     @classmethod

@@ -308,7 +308,7 @@ def _stored(
 ) -> tuple[CommittedHook, NDArray[Any] | Int8Rows]:
     """Record and content of a hook; statistics are those of the rows that readers get."""
     if calibration is None:
-        some, rest = HookStats.of(rows[plain]), HookStats.of(rows[~plain])
+        some, rest = (HookStats.of(rows, np.flatnonzero(which)) for which in (plain, ~plain))
         both = some.merge(rest).to_json()
         return CommittedHook(info=info, plain=some.to_json(), all=both), rows
     stored, some, rest, error = store_rows(rows, calibration, plain)
