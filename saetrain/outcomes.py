@@ -92,10 +92,8 @@ def told(outcomes: Sequence[Outcome]) -> str:
             row |= {"FVE": numbers["FVE"], "L0": numbers["L0"], "folder": o.run_dir}
         rows.append(row)
     done = sum(o.run_dir is not None for o in outcomes)
-    jobs = f"job{'s' * (len(rows) > 1)}"
-    return (
-        f"\n{done} of {len(rows)} {jobs} finished\n{table(rows)}{_best(outcomes)}{_page(outcomes)}"
-    )
+    head = f"\n{done} of {len(rows)} job{'s' * (len(rows) > 1)} finished\n"
+    return f"{head}{table(rows)}{_best(outcomes)}{_page(outcomes)}"
 
 
 def _best(outcomes: Sequence[Outcome]) -> str:
@@ -109,7 +107,7 @@ def _best(outcomes: Sequence[Outcome]) -> str:
 
 def _page(outcomes: Sequence[Outcome]) -> str:
     """What draws all runs, where there are several."""
-    folders = {str(Path(o.run_dir).parent) for o in outcomes if o.run_dir is not None}
-    if sum(o.run_dir is not None for o in outcomes) < 2:
+    folders = [os.path.relpath(Path(o.run_dir).parent) for o in outcomes if o.run_dir is not None]
+    if len(folders) < 2:
         return ""
     return f"\none page for all of them: saetrain report {os.path.commonpath(folders) or '.'}"

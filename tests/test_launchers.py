@@ -184,6 +184,11 @@ def test_outcomes_are_read_in_the_order_of_jobs(tmp_path: Path, monkeypatch) -> 
     assert outcomes.read(file) == made[::-1]
     assert "0 of 2 jobs finished" in outcomes.told(made)
     assert "b=1  failed   -  no" in outcomes.told(made)
+    monkeypatch.chdir(tmp_path)
+    for folder, told in (("r", "."), (str(tmp_path / "s" / "t"), "s"), ("/elsewhere", "..")):
+        two = [Outcome(job=i, overrides=(), run_dir=f) for i, f in ((0, "s/x"), (1, f"{folder}/y"))]
+        line = outcomes._page(two).strip()
+        assert line.startswith(f"one page for all of them: saetrain report {told}")
     early = Outcome(job=0, overrides=("a=1",), reason="stopped early at step 4: fve 0.1 is below")
     assert "1 job finished\n" in outcomes.told([early])
     assert "job 0  stopped   -  stopped early at step 4" in outcomes.told([early])
