@@ -107,7 +107,8 @@ def _best(outcomes: Sequence[Outcome]) -> str:
 
 def _page(outcomes: Sequence[Outcome]) -> str:
     """What draws all runs, where there are several."""
-    folders = [os.path.relpath(Path(o.run_dir).parent) for o in outcomes if o.run_dir is not None]
+    folders = [Path(o.run_dir).parent.absolute() for o in outcomes if o.run_dir is not None]
     if len(folders) < 2:
         return ""
-    return f"\none page for all of them: saetrain report {os.path.commonpath(folders) or '.'}"
+    common = os.path.relpath(os.path.commonpath(folders))
+    return f"\none page for all of them: saetrain report {common}"
