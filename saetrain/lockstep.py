@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, cast
@@ -118,7 +118,13 @@ class Lockstep:
         for job in beside:
             self._attempt(job, job.fit_baseline)
         say(f"evaluating {len(beside)} runs, {self.workers.n} at once")
-        self._at_once([j for j in beside if j.trainer], Job.measure)
+        with _bar_of(jobs, "evaluate", "run", total=len(beside)) as bar:
+
+            def measure(job: Job) -> None:
+                job.measure()
+                bar.update()
+
+            self._at_once([j for j in beside if j.trainer], measure)
 
     def living(self) -> list[Job]:
         """Jobs that have neither ended nor failed."""
@@ -162,7 +168,9 @@ class Lockstep:
         position = min(j.alive()[0].step for j in active)
         stack = self._stack(active)
         batches = cast(Any, iter(self.stream))
-        with closing(batches), self._bar(active, position, steps) as bar, stop_flag() as stop:
+        all_steps, what = max(steps[id(j)] for j in active), f"train {len(active)} SAEs"
+        bars = _bar_of(active, what, "step", total=all_steps, done=position)
+        with closing(batches), bars as bar, stop_flag() as stop:
             while active:
                 now = [j for j in active if j.alive()[0].step == position]
                 asked = time.perf_counter()
@@ -236,16 +244,18 @@ class Lockstep:
             "Run the same command again to continue"
         )
 
-    def _bar(self, jobs: Sequence[Job], position: int, steps: Mapping[int, int]) -> Any:
-        return tqdm(
-            total=max(steps[id(j)] for j in jobs),
-            initial=position,
-            desc=f"train {len(jobs)} SAEs",
-            unit="step",
-            mininterval=0.5,
-            dynamic_ncols=True,
-            disable=not any(j.settings.progress for j in jobs),
-        )
+
+def _bar_of(jobs: Sequence[Job], what: str, unit: str, *, total: int, done: int = 0) -> Any:
+    """A bar for all of them, if one of them wants bars."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=what,
+        unit=unit,
+        mininterval=0.5,
+        dynamic_ncols=True,
+        disable=not any(j.settings.progress for j in jobs),
+    )
 
 
 def _whole(settings: TrainSettings) -> bool:

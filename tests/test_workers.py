@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -68,6 +69,16 @@ def test_saes_that_step_at_once_equal_their_single_runs(
     assert {n.split("-")[0] for n in mine} == {"matryoshka", "relu"}  # these draw random numbers
     assert len(beside) == 3
     assert set().union(*beside.values()) == {o.settings.run_dir.name for o in outcomes} - mine
+
+
+def test_training_and_evaluation_at_once_show_bars(store: Path, tmp_path: Path, capsys) -> None:
+    # F126: rate and time left, also where many runs are evaluated beside each other.
+    cfg = settings(store, tmp_path, tokens=64 * 8, progress=True, fused={"workers": 2})
+    many = [replace(cfg, sae=cfg.sae | {"k": k}) for k in (2, 3, 4)]
+    assert all(o.result for o in train_together(many))
+    told = capsys.readouterr().err
+    for bar in (r"train 3 SAEs: 100%.* 8/8 \[\d\d:\d\d<", r"evaluate: 100%.* 3/3 \[\d\d:\d\d<"):
+        assert re.search(bar, told), told
 
 
 def test_at_sizes_where_operations_are_divided_among_threads(store: Path, tmp_path: Path) -> None:
