@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from saetrain import optimizers
 from saetrain.errors import ConfigError, TrainingError
+from saetrain.kernels.latents import may_count
 from saetrain.optim_settings import OptimSettings, ScheduleSettings
 from saetrain.sums import length
 
@@ -95,6 +96,8 @@ class Optimizer:
         norm = length(torch.stack([length(g) for g in grads]))
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            if may_count(factor) and factor == 1:  # where asking costs less than a pass over all
+                return norm
             for grad in grads:
                 grad.mul_(factor)
         return norm
