@@ -41,13 +41,13 @@ def start(settings, dies_after=None):
         return child
     left = [dies_after]
 
-    def dying(path, data):
+    def dying(path, data, *more):
         if left[0] == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / f".{path.name}.half.partial").write_bytes(bytes(data)[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
-        publish(path, data)
+        publish(path, data, *more)
 
     code = 1
     try:

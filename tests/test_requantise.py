@@ -138,13 +138,13 @@ def dying(settings, target, objects):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     left = [objects]
 
-    def half(path, data):
+    def half(path, data, *more):
         if left[0] == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / f".{path.name}.half.partial").write_bytes(bytes(data)[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
-        publish(path, data)
+        publish(path, data, *more)
 
     try:
         for module in PUBLISHERS:

@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cache import digests
-from stores import identity, token_table
+from stores import identity, make_store, token_table
 
 from actcache.run import run
 from actcache.store import HookInfo, Layout, SettingsError, open_store, verify
@@ -18,6 +20,48 @@ from actcache.store.ids import digest
 from actcache.store.layout import VOCAB_JSON
 from actcache.store.vocab import encode_vocab
 from actcache.store.writer import StoreWriter
+
+
+@pytest.fixture
+def durable(monkeypatch):
+    """Calls that make things durable, in order: ("fsync", path) and ("link", from, to)."""
+    calls, fsync, link = [], os.fsync, os.link
+
+    def recorded_fsync(fd):
+        calls.append(("fsync", Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    def recorded_link(source, target):
+        calls.append(("link", Path(source), Path(target)))
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "link", recorded_link)
+    return calls
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which file it was")
+def test_all_of_a_segment_is_durable_before_its_commit(tmp_path, durable):  # F107
+    """Contents, their names, and the names of all folders above them, up to the store's."""
+    root = tmp_path.resolve() / "s"
+    make_store(root, hooks={"resid.2": 8, "mlp.1": 4}, segments=(64, 64), dtype="int8")
+    links = {target: (i, source) for i, (_, source, target) in at(durable, "link")}
+    synced = [(i, path) for i, (_, path) in at(durable, "fsync")]
+    commits = [i for target, (i, _) in links.items() if target.parent.name == "commits"]
+    named = [t for t in links if t.is_relative_to(root / "segments")]
+    assert (len(commits), len(named)) == (2, 2 * 32)
+    for target in named:
+        done, source = links[target]
+        assert any(path == source and i < done for i, path in synced)
+        commit = min(i for i in commits if i > done)
+        for folder in (up for up in target.parents if up.is_relative_to(root)):
+            assert any(path == folder and done < i < commit for i, path in synced), folder
+    folders = Counter(path for _, path in synced if path.parent.is_relative_to(root / "segments"))
+    assert {n for path, n in folders.items() if path.is_dir()} == {1}  # not after every file
+
+
+def at(calls, kind):
+    return [(i, call) for i, call in enumerate(calls) if call[0] == kind]
 
 
 def in_children(*jobs):

@@ -1,7 +1,7 @@
 """Publish without overwriting: a name either has its final, durable bytes or does not exist.
 
-temporary file -> fsync -> link to the final name (fails if it exists) -> fsync of the folder; in an
-object store a put on the condition that the name is free.
+temporary file -> fsync -> link to the final name (fails if it exists) -> fsync of the folder, of a
+segment's folders once at its end; in an object store a put on the condition that the name is free.
 `rename`, which zarr's own LocalStore uses, would let a slow second writer replace committed bytes.
 """
 
@@ -22,9 +22,10 @@ from actcache.store.places import Location, Remote
 PARTIAL = ".partial"
 
 
-def publish(path: Location, data: bytes | memoryview) -> None:
+def publish(path: Location, data: bytes | memoryview, unsynced: set[Path] | None = None) -> None:
     """Create `path` holding `data`.
 
+    The name is durable then; with `unsynced`, once `sync_folders` was given the folder added there.
     Raises FileExistsError if the name is taken (its bytes are untouched), OutOfSpaceError if the
     disk is full, StoreError if the folder cannot be written, RemoteError if a server does not take
     it.
@@ -32,13 +33,13 @@ def publish(path: Location, data: bytes | memoryview) -> None:
     if isinstance(path, Remote):
         path.client.create(path.key, data)
         return
-    with publishing(path) as file:
+    with publishing(path, unsynced) as file:
         file.write(data)
 
 
 @contextmanager
-def publishing(path: Location) -> Iterator[BinaryIO]:
-    """Create `path` from what the body writes into the file it is given.
+def publishing(path: Location, unsynced: set[Path] | None = None) -> Iterator[BinaryIO]:
+    """Create `path` from what the body writes into the file it is given; `unsynced` as `publish`.
 
     If the body raises, nothing is published. At a server the whole object is in memory until then.
     Raises as `publish`.
@@ -59,7 +60,10 @@ def publishing(path: Location) -> Iterator[BinaryIO]:
             os.link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        if unsynced is None:
+            sync_folder(path.parent)
+        else:
+            unsynced.add(path.parent)
     except FileExistsError:
         raise
     except OSError as e:
@@ -73,6 +77,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_folders(folders: set[Path], root: Path) -> None:
+    """Make the names in `folders` durable, and those in all folders above them, up to `root`.
+
+    Once for many files, which takes no longer than the folder of each after it. A file whose
+    folder is durable may still be lost with a folder further up. Raises as `publish`.
+    """
+    above = {up for f in folders for up in f.parents if up == root or root in up.parents}
+    for folder in sorted(folders | above, key=lambda path: -len(path.parts)):
+        try:
+            sync_folder(folder)
+        except OSError as e:
+            raise _explain(e, folder) from e
 
 
 def _explain(e: OSError, path: Path) -> StoreError:

@@ -30,7 +30,7 @@ from actcache.store.files import remove
 from actcache.store.ids import bytes_digest, diff, file_digest
 from actcache.store.int8 import Calibration, Int8Rows, store_rows
 from actcache.store.places import Location, Remote, each, place, refuse_unwritable
-from actcache.store.publish import PARTIAL, publish
+from actcache.store.publish import PARTIAL, publish, sync_folders
 from actcache.store.reader import commit_files, read_record, snapshot_numbers
 from actcache.store.schema import (
     Commit,
@@ -266,7 +266,10 @@ def publish_group(
     tokens: layout.TokenTable,
     acts: Sequence[tuple[HookInfo, NDArray[Any] | Int8Rows]],
 ) -> list[StoredObject]:
-    """Publish a token table and hooks as the zarr group `folder` of the store at `root`."""
+    """Publish a token table and hooks as the zarr group `folder` of the store at `root`.
+
+    All of it is durable when this returns: a commit may name it then, and not before.
+    """
     parts = ["acts"]
     if any(isinstance(rows, Int8Rows) for _, rows in acts):
         parts += ["scales", "calibration"]
@@ -285,10 +288,12 @@ def publish_group(
         ),
         *(encode_norms(folder, rows, info) for info, rows in acts if info.norms),
     ]
-    objects = []
+    objects, folders = [], set[Path]()
     for key, data in (item for stream in streams for item in stream):
-        publish(root / key, data)
+        publish(root / key, data, folders)
         objects.append(StoredObject(key=key, bytes=len(data), sha256=bytes_digest(data)))
+    if isinstance(root, Path):
+        sync_folders(folders, root)
     return objects
 
 
