@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from saetrain.errors import ConfigError
+from saetrain.errors import ConfigError, TrainingError
 from saetrain.settings import WandbSettings
 from saetrain.stream import Batch
 
@@ -50,11 +50,25 @@ class JsonlLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; empty if there is none. A line cut off by a kill ends the list."""
+    """Rows of a metrics.jsonl; empty if there is none. A line cut off by a kill ends the list.
+
+    TrainingError if another line is damaged.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise TrainingError(
+                f"{path} is damaged in line {number}: {e}. Remove that line, or train again with "
+                "fresh=true"
+            ) from None
+    return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:

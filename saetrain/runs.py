@@ -351,6 +351,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("expected an object")
     except ValueError as e:
         raise TrainingError(f"{path} is damaged: {e}. fresh=true trains again") from None
     return found

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from saetrain import plan
 from saetrain.differing import flat, names
-from saetrain.errors import ConfigError
+from saetrain.errors import ConfigError, TrainingError
 from saetrain.evals.run import EVAL
 from saetrain.expand import expand
 from saetrain.log import METRICS, read_metrics, table
@@ -23,14 +24,35 @@ from saetrain.settings import TrainSettings
 from saetrain.sweep import Opened, Opener, grouped
 from saetrain.trainer import n_steps
 
+DAMAGED = "damaged"  # state of a run whose files cannot be read
+
 
 def statuses(folder: Path) -> list[dict[str, Any]]:
-    """One row for each run below `folder`, by name. ConfigError if there is no such folder."""
+    """One row for each run below `folder`, by name; of a damaged one the reason.
+
+    ConfigError if there is no such folder.
+    """
     if not folder.is_dir():
         raise ConfigError(f"sweep-status: {folder} is not a folder")
     dirs = [record.parent for record in sorted(folder.rglob(RUN))]
-    named = names([flat(read_json(d / CONFIG)) for d in dirs])
-    return [_status(d, folder, name) for d, name in zip(dirs, named, strict=True)]
+    named = names([flat(_config(d)) for d in dirs])
+    return [_row(d, folder, name) for d, name in zip(dirs, named, strict=True)]
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    with suppress(TrainingError):  # `_row` says so
+        return read_json(run_dir / CONFIG)
+    return {}
+
+
+def _row(run_dir: Path, folder: Path, name: str) -> dict[str, Any]:
+    try:
+        read_json(run_dir / CONFIG)
+        return _status(run_dir, folder, name)
+    except TrainingError as e:
+        row = dict.fromkeys(("step", "of", "tokens/s", "FVE", "L0"))
+        run = str(run_dir.relative_to(folder))
+        return {"run": run, "settings": name, "state": DAMAGED, **row, "reason": str(e)}
 
 
 def _status(run_dir: Path, folder: Path, name: str) -> dict[str, Any]:

@@ -270,3 +270,22 @@ def test_folders_without_runs_are_refused(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["report"])
     assert "saetrain report DIR" in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_named_beside_the_others(tmp_path: Path, capsys) -> None:
+    good = {"run.json": '{"status": "finished"}', "eval.json": '{"fve": 0.5, "l0": 4.0}'}
+    damages = {"a": {}, "b": {"run.json": '{"st'}, "c": {"eval.json": "[1]"}}
+    damages |= {"d": {"metrics.jsonl": '{"step": 1}\n\0\0\n'}, "e": {"config.json": "{"}}
+    for name, damage in damages.items():
+        (tmp_path / name).mkdir()
+        for file, text in {**good, **damage}.items():
+            (tmp_path / name / file).write_text(text)
+    main(["sweep-status", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "4 damaged, 1 finished" in told
+    for name, damage in damages.items():
+        assert all(f"{name}/{file} is damaged" in told for file in damage)
+    assert "metrics.jsonl is damaged in line 2" in told
+    runs = data_of(write_sweep(tmp_path))["runs"]
+    assert [r["state"] for r in runs] == ["finished", *["damaged"] * 4]
+    assert [bool(r["numbers"]) for r in runs] == [True, *[False] * 4]

@@ -26,7 +26,7 @@ from saetrain.errors import ConfigError
 from saetrain.evals.run import EVAL
 from saetrain.log import METRICS, read_metrics
 from saetrain.runs import CONFIG, read_json
-from saetrain.status import statuses
+from saetrain.status import DAMAGED, statuses
 
 PAGE = "sweep.html"
 _POINTS = 150  # of a curve
@@ -40,8 +40,7 @@ _NOT_NUMBERS = ("n_tokens", "tokens", "contexts", "n_latents", "train_tokens", "
 def write_sweep(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page for all runs below `folder`, as `folder/sweep.html` or `out`; its path.
 
-    Raises ConfigError if there is no such folder or no run in it, TrainingError for a malformed
-    file of a run.
+    Raises ConfigError if there is no such folder or no run in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -69,8 +68,11 @@ def sweep_data(title: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _run(folder: Path, state: Mapping[str, Any], beside: Path) -> dict[str, Any]:
     """One run: name, state, flat settings, numbers, curves, and where its own page is."""
-    run_dir = folder / state["run"]
-    rows, scores = read_metrics(run_dir / METRICS), read_json(run_dir / EVAL)
+    run_dir, config = folder / state["run"], dict[str, Any]()
+    rows, scores = list[dict[str, Any]](), dict[str, Any]()
+    if state["state"] != DAMAGED:
+        rows, scores = read_metrics(run_dir / METRICS), read_json(run_dir / EVAL)
+        config = flat(read_json(run_dir / CONFIG))
     finished = state["state"] == "finished"
     own = run_dir / "report.html"
     return {
@@ -78,8 +80,8 @@ def _run(folder: Path, state: Mapping[str, Any], beside: Path) -> dict[str, Any]
         "link": quote(os.path.relpath(own, beside)) if own.is_file() else None,
         "state": state["state"],
         "reason": state["reason"],
-        "progress": f"{state['step']:,} of {state['of'] or 0:,} steps",
-        "config": flat(read_json(run_dir / CONFIG)),
+        "progress": f"{state['step'] or 0:,} of {state['of'] or 0:,} steps",
+        "config": config,
         "numbers": _scores(scores) if finished else {},
         "logged": {} if finished else _last(rows),
         "curves": {c: thinned(rows, c) for c in _CURVES},
