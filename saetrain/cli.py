@@ -205,7 +205,8 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _hydra(job: Callable[[DictConfig], float], args: Sequence[str]) -> None:
     """Run `job` for every composed config; Hydra itself reads the command line from sys.argv."""
     saved = sys.argv
-    sys.argv = ["saetrain", *args]
+    # -m first: argparse takes settings in one row only.
+    sys.argv = ["saetrain", *sorted(args, key=lambda word: word not in ("-m", "--multirun"))]
     try:
         with _environment({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises instead of printing, we print
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(

@@ -208,6 +208,11 @@ def test_a_sweep_goes_on_after_a_failed_job(here: Path, capsys) -> None:  # F102
     assert len(list(Path("runs").glob("topk_demo-*/eval.json"))) == 2
 
 
+def test_the_sweep_s_flag_may_stand_anywhere(here: Path, capsys) -> None:
+    assert run("store=store", "-m", "sae.k=4,100", *QUIET) == 1
+    assert "1 of 2 jobs finished" in capsys.readouterr().out
+
+
 def test_a_sweep_kept_in_a_file(here: Path, capsys) -> None:
     # At 48 latents k=64 cannot be; the other two run.
     assert run("-m", "+sweep=k", "+experiment=topk_demo", "store=store", *QUIET) == 1
