@@ -167,20 +167,24 @@ def killed_after(settings, objects):
     """Run in a forked child that dies by SIGKILL half-way through writing one more object."""
     child = os.fork()
     if child == 0:
-        left = [objects]
+        left, original = [objects], writer_module.publish
 
-        def dying(path, data, original=writer_module.publish):
+        def dying(path, data, *more):
             left[0] -= 1
             if left[0] < 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 half = path.parent / f".{path.name}.half.partial"
                 half.write_bytes(bytes(data)[: len(data) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            original(path, data)
+            original(path, data, *more)
 
         writer_module.publish = dying
-        run(settings)
-        os._exit(0)
+        code = 1
+        try:
+            run(settings)
+            code = 0
+        finally:
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
