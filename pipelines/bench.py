@@ -129,6 +129,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            process_group=0,  # with the processes that it starts
         )
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -157,12 +158,16 @@ class Worker:
         return bool(select.select([self._process.stdout], [], [], seconds)[0])
 
     def stop(self) -> None:
-        """Halt all threads, where they are."""
-        self._process.send_signal(signal.SIGSTOP)
+        """Halt all threads, where they are, and those of processes that it started."""
+        self._signal(signal.SIGSTOP)
 
     def go(self) -> None:
         """Go on."""
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +179,7 @@ class Worker:
         assert self._process.stdout is not None
         self.go()
         if kind is not None:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()

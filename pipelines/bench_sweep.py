@@ -8,6 +8,8 @@ one epoch each. Every side gets the same tokens and ends with eight saved SAEs:
   stacked      the same with fused.stack=true, in the first turn only
   sequential   `actcache run`, then eight runs in one process, as `saetrain -m` does it
   sparsify     eight runs of its trainer, which captures while it trains; its defaults
+  commands     `actcache run`, then the command `saetrain` eight times, as a shell's loop does it,
+               against one `saetrain -m … hydra/launcher=fused`; the start of Python is included
 
 Every side has the whole machine while it runs: torch has as many threads as there are cores. The
 sequential runs and sparsify use them inside each operation; the fused sweep, as it does by default,
@@ -28,10 +30,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ import torch
 
 from actcache.run import run
 from pipelines.bench import (
+    ROOT,
     Measure,
     Worker,
     clock,
@@ -146,6 +150,31 @@ class Sweep:
         fves = [metrics["fve"] for metrics in found]
         return times | {"tokens": found[0]["train_tokens"], "fves": fves}
 
+    def commands(self, how: str) -> dict[str, Any]:
+        """Cache, then train by the command: `fused`, or one by one."""
+        (widths, ks), name = (self.scale.latents, self.scale.ks), "sae.n_latents={} sae.k={}"
+        if how == "fused":
+            grid = name.format(*(",".join(map(str, values)) for values in (widths, ks)))
+            asked = [f"-m {grid} hydra/launcher=fused"]
+        else:
+            asked = [name.format(f, k) for f, k in self.scale.configs]
+        with self._cached() as (folder, times):
+            for words in asked:
+                self._command(folder, words.split())
+            found = [json.loads(f.read_text())["fve"] for f in folder.glob("runs/*/eval.json")]
+        return times | {"fves": found}
+
+    def _command(self, folder: Path, words: list[str]) -> None:
+        """One `saetrain`, with as many threads as the other sides. RuntimeError if it fails."""
+        common = f"store=store runs_dir=runs hook={self.hook} epochs=1 progress=false report=false "
+        common += f"batch_tokens={self.scale.batch_tokens} "
+        common += f"held_out_fraction={self.scale.held_out_fraction}"
+        command = [sys.executable, "-m", "saetrain", *common.split(), *words]
+        threads = {"OMP_NUM_THREADS": str(self.scale.threads), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=os.environ | threads, capture_output=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.decode()[-2000:])
+
     def _train(self, many: list[TrainSettings], how: str) -> list[dict[str, Any]]:
         if how == "sequential":
             return [train(one).metrics for one in many]
@@ -187,7 +216,7 @@ def serve_sides() -> None:
     folder, host, data, scale = json.loads(sys.argv[1])
     lists = {k: tuple(v) if isinstance(v, list) else v for k, v in scale.items()}
     side = Sweep(Path(folder), Path(host), Path(data), Scale(**lists))
-    serve(answers, sweep=side.sweep, grow=side.grow)
+    serve(answers, sweep=side.sweep, grow=side.grow, commands=side.commands)
 
 
 def _worker(folder: Path, scale: Scale) -> Worker:
@@ -218,6 +247,7 @@ def measures(scale: Scale, say: Say) -> list[Measure]:
             skipped=None if peer else absent,
         ),
         _faster("vs_sequential", 1.5, speed["sequential"]),
+        _faster("vs_sequential_commands", 1.5, speed["commands"]),
         _faster("stacked_vs_fused", 1.0, [1 / r for r in speed["stacked"]]),
         Measure(
             name="peak_memory",
@@ -263,31 +293,39 @@ def _speed(
     folder: Path, scale: Scale, peer: dict[str, Any] | None, say: Say
 ) -> dict[str, list[float]]:
     """Seconds of every side over those of the fused sweep, turn by turn."""
-    ways = ["fused", "sequential", "stacked"]
-    workers = {way: _worker(folder, scale) for way in ways}
-    asked: dict[str, dict[str, Any]] = {way: {"do": "sweep", "how": way} for way in ways}
-    if peer is not None:
-        workers["sparsify"] = Worker(peer_python(), Path(__file__).with_name("peer_sweep.py"))
-        asked["sparsify"] = peer
+    asked = _questions() | ({} if peer is None else {"sparsify": peer})
     found: dict[str, list[float]] = {way: [] for way in asked}
-    try:
+    with ExitStack() as stack:
+        workers = {way: _worker(folder, scale) for way in asked if way != "sparsify"}
+        if peer is not None:
+            script = Path(__file__).with_name("peer_sweep.py")
+            workers["sparsify"] = Worker(peer_python(), script)
+        for worker in workers.values():
+            stack.enter_context(worker)
         for turn in range(scale.turns):
             now = [way for way in asked if turn == 0 or way != "stacked"]
             answers = in_slices({way: (workers[way], asked[way]) for way in now})
-            _check_equal(answers["fused"]["fves"], answers["sequential"]["fves"])
+            for way in ("sequential", "fused command", "commands"):
+                _check_equal(answers["fused"]["fves"], answers[way]["fves"])
             for way, answer in answers.items():
-                found[way].append(answer["seconds"] / answers["fused"]["seconds"])
+                base = answers["fused command" if way == "commands" else "fused"]
+                found[way].append(answer["seconds"] / base["seconds"])
             each = (f"{way} {a['seconds']:.1f} s" for way, a in answers.items())
             say(f"  {turn + 1}/{scale.turns}  {'  '.join(each)}")
-    finally:
-        for worker in workers.values():
-            worker.__exit__(None, None, None)
     return found
+
+
+def _questions() -> dict[str, dict[str, Any]]:
+    """To our sides."""
+    asked = {way: {"do": "sweep", "how": way} for way in ("fused", "sequential", "stacked")}
+    asked["fused command"] = {"do": "commands", "how": "fused"}
+    return asked | {"commands": {"do": "commands", "how": "sequential"}}
 
 
 def _check_equal(fused: list[float], sequential: list[float]) -> None:
     """RuntimeError unless both sides trained the same SAEs; evaluation may round differently."""
-    if any(abs(a - b) > 1e-6 for a, b in zip(fused, sequential, strict=True)):
+    pairs = zip(sorted(fused), sorted(sequential), strict=True)
+    if any(abs(a - b) > 1e-6 for a, b in pairs):
         raise RuntimeError(f"nothing to compare: FVE of {fused} fused, of {sequential} one by one")
 
 

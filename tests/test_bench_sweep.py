@@ -29,7 +29,14 @@ def test_all_ways_train_the_same_saes(side: Sweep) -> None:
     assert len(fused["fves"]) == 2
     assert fused["tokens"] == one["tokens"] > 0
     assert side.sweep("stacked")["fves"] == pytest.approx(one["fves"], abs=1e-3)
+    for how in ("fused", "sequential"):
+        assert sorted(side.commands(how)["fves"]) == pytest.approx(sorted(one["fves"]), abs=1e-3)
     assert list(side.folder.glob("*/runs")) == []  # nothing is left behind
+
+
+def test_a_command_that_fails_says_why(side: Sweep, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="nowhere"):
+        side._command(tmp_path, ["store=nowhere"])
 
 
 def test_every_side_has_the_whole_machine_and_must_train_the_same() -> None:
@@ -50,7 +57,7 @@ def test_without_sparsify_it_is_skipped_by_name(monkeypatch) -> None:
     monkeypatch.setattr(bench_sweep, "make_host", lambda *a: None)
     monkeypatch.setattr(bench_sweep, "make_data", lambda *a: None)
     monkeypatch.setattr(bench_sweep, "why_absent", lambda package: f"{package} is not installed")
-    speed = {"fused": [1.0], "stacked": [1.25], "sequential": [1.5]}
+    speed = {"fused": [1.0], "stacked": [1.25], "sequential": [1.5], "commands": [4.0]}
     monkeypatch.setattr(bench_sweep, "_speed", lambda *a: speed)
     memory = {"fused": [3.0], "sequential": [2.0], "planned": [0.5]}
     monkeypatch.setattr(bench_sweep, "_memory", lambda *a: memory)
