@@ -26,17 +26,24 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Dotted settings whose values are not the same in all of `configs`, in their order."""
+    """Dotted settings whose values are not the same in all of `configs`.
+
+    Those of the most values come first, then those that all have: what a sweep varies stands before
+    what another architecture brings along.
+    """
     keys = dict.fromkeys(k for c in configs for k in c if k.split(".")[0] not in _ASIDE)
-    return [k for k in keys if len({json.dumps(c.get(k)) for c in configs}) > 1]
+    values = {k: [c.get(k) for c in configs] for k in keys}
+    counts = {k: len({json.dumps(v) for v in found}) for k, found in values.items()}
+    some = [k for k in keys if counts[k] > 1]
+    return sorted(some, key=lambda k: (-counts[k], None in values[k]))
 
 
 def names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of each of these flat settings, what tells it from the others: `sae.k=4 optim.lr=0.001`.
 
-    Settings that all of them have come first: long names are cut off.
+    Long names are cut off.
     """
-    keys = sorted(differing(configs), key=lambda k: any(c.get(k) is None for c in configs))
+    keys = differing(configs)
     found = [" ".join(f"{k}={_typed(c[k])}" for k in keys if c.get(k) is not None) for c in configs]
     return [n if len(n) <= _WIDTH else f"{n[: _WIDTH - 1]}…" for n in found]
 

@@ -239,6 +239,9 @@ def test_what_differs() -> None:
     assert names([one, two | {"f": "x"}]) == ["a.b=1", "a.b=2 f=x"]
     assert names([one]) == [""]
     assert names([{"z": 1, "a": 2}, {"a": 3}]) == ["a=2 z=1", "a=3"]
+    mixed = [{"f": 1, "k": 4}, {"f": 1, "k": 8}, {"f": 2}]  # another architecture has no k
+    assert differing(mixed) == ["k", "f"]
+    assert names(mixed) == ["k=4 f=1", "k=8 f=1", "f=2"]
     long = names([{"a": "x" * 100}, {"a": 1.5, "l": [1, 2]}])
     assert long == ["a=" + "x" * 69 + "…", "a=1.5 l=[1,2]"]
 
