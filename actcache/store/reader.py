@@ -38,7 +38,7 @@ from actcache.store.schema import (
     load,
 )
 from actcache.store.shard import ShardReader, check_crc
-from actcache.store.stats import HookStats
+from actcache.store.stats import HookStats, MergedStats
 from actcache.store.untrusted import MAX_JSON_BYTES, read_file
 from actcache.store.vocab import decode_vocab
 
@@ -138,7 +138,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(MergedStats):
     """A frozen view of a store."""
 
     store: Store
@@ -208,18 +208,6 @@ class Snapshot:
             f"hook {name!r} is not in {self.store.path}.{did_you_mean(wanted, self.hooks)} "
             f"It has: {', '.join(self.hooks)}"
         )
-
-    def stats(self, hook: str, special: bool = False) -> HookStats:
-        """Statistics of a hook over the snapshot, without or with special tokens."""
-        key = (name := self.resolve_hook(hook), special)
-        if key not in self._stats:
-            parts = (segment.stats(*key) for segment in self.segments)
-            self._stats[key] = HookStats.merged(parts, self.hooks[name].d)
-        return self._stats[key]
-
-    @cached_property
-    def _stats(self) -> dict[tuple[str, bool], HookStats]:
-        return {}  # by what was asked: runs ask often, and of thousands of commits
 
     def storage_error(self, hook: str) -> Error | None:
         """What storing a hook as int8 has changed, over the snapshot; None for other types.

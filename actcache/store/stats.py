@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -177,3 +179,36 @@ def _unpack(text: str, d: int) -> NDArray[np.float64]:
     if len(x) != d:
         raise ValueError(f"expected {d} channels, got {len(x)}")
     return x.astype(np.float64)
+
+
+class MergedStats(ABC):
+    """What has statistics of its segments together, such as a snapshot; merged when first asked.
+
+    They are kept: runs ask often, and of thousands of commits.
+    """
+
+    @property
+    @abstractmethod
+    def segments(self) -> Sequence[Any]:
+        """Each with `stats(hook, special)` of its own."""
+
+    @property
+    @abstractmethod
+    def hooks(self) -> Mapping[str, Any]:
+        """Hooks by stored name, each with its width `d`."""
+
+    @abstractmethod
+    def resolve_hook(self, name: str) -> str:
+        """The stored name of a hook."""
+
+    def stats(self, hook: str, special: bool = False) -> HookStats:
+        """Statistics of a hook over all segments, without or with special tokens."""
+        key = (name := self.resolve_hook(hook), special)
+        if key not in self._stats:
+            parts = (segment.stats(*key) for segment in self.segments)
+            self._stats[key] = HookStats.merged(parts, self.hooks[name].d)
+        return self._stats[key]
+
+    @cached_property
+    def _stats(self) -> dict[tuple[str, bool], HookStats]:
+        return {}

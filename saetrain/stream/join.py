@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from actcache.store import HookInfo, HookMissingError, HookStats, Snapshot, Store
+from actcache.store import HookInfo, HookMissingError, Snapshot, Store
 from actcache.store.ids import leaves
+from actcache.store.stats import MergedStats
 from saetrain.errors import ConfigError
 from saetrain.stream.aligned import JoinedSegment, row_places
 
@@ -78,7 +79,7 @@ def _check_pair(a: str, first: Snapshot, b: str, other: Snapshot) -> None:
 
 
 @dataclass(frozen=True)
-class JoinedSnapshot:
+class JoinedSnapshot(MergedStats):
     """What a stream needs of a snapshot, over several stores. Made by `join`."""
 
     snapshots: dict[str, Snapshot]  # by label; the first one leads
@@ -169,18 +170,6 @@ class JoinedSnapshot:
             f"hook {name!r}: several stores are joined, so say of which, such as "
             f"{next(iter(self.hooks))}. There are: {', '.join(self.hooks)}"
         )
-
-    def stats(self, hook: str, special: bool = False) -> HookStats:
-        """Statistics of a hook over the joined segments."""
-        key = (name := self.resolve_hook(hook), special)
-        if key not in self._stats:
-            parts = (segment.stats(*key) for segment in self.segments)
-            self._stats[key] = HookStats.merged(parts, self.hooks[name].d)
-        return self._stats[key]
-
-    @cached_property
-    def _stats(self) -> dict[tuple[str, bool], HookStats]:
-        return {}
 
     def vocab(self) -> list[bytes]:
         """The exact bytes of every token id."""
