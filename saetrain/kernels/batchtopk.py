@@ -42,7 +42,7 @@ def encode_batchtopk(
     """
 
     def select() -> list[Tensor]:
-        best = Best(keep + keep // 8 if bf16 else keep)
+        best = Best(keep + keep // 8 if bf16 else keep, x_BD.dtype)
         aux = _look(best, 0, x_BD, W_DF, b_F, dead_F, k_aux, bf16)
         values, indices, used = best.slots(len(x_BD), len(b_F))
         if bf16:
@@ -63,7 +63,7 @@ def encode_batchtopk_of(
 
     Float32 decides, whatever autocast says.
     """
-    best, size = Best(keep), layers[0][0].shape[0] * layers[0][1].shape[1]
+    best, size = Best(keep, layers[0][0].dtype), layers[0][0].shape[0] * layers[0][1].shape[1]
     with torch.no_grad(), torch.autocast(layers[0][0].device.type, enabled=False):
         aux = [
             _look(best, i * size, *layer, dead_F, k_aux)
@@ -105,40 +105,40 @@ def _look(
 class Best:
     """The `keep` largest of numbers above 0 that come in pieces, with their places."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, dtype: torch.dtype = torch.float32) -> None:
         self.keep = keep
-        self._values, self._places = list[Tensor](), list[Tensor]()
-        self._floor: Tensor | None = None
+        self._values = torch.empty(0, dtype=dtype)
+        self._places = torch.empty(0, dtype=torch.int64)
+        self._floor = torch.zeros(1, dtype=dtype)  # nothing below it can be among them
 
     def add(self, h_BF: Tensor, first: int) -> None:
         """Look at h, whose rows, laid end to end, have the places from `first` on."""
-        if self._floor is None:
-            values, places = exact_topk(h_BF.reshape(1, -1), min(self.keep, h_BF.numel()))
-            some = ~(values[0] <= 0)  # NaN is some
-            values, places = values[0][some], places[0][some]
-            self._floor = h_BF.new_zeros(1)
-        else:
-            values, latents, counts = above(h_BF, self._floor)
-            token = torch.arange(len(h_BF)).repeat_interleave(counts)
-            places = token * h_BF.shape[1] + latents
-        self._values.append(values)
-        self._places.append(places + first)
-        self._cut()
-
-    def _cut(self) -> None:
-        """Forget what is not among the largest so far; nothing later may be below them."""
-        values, places = torch.cat(self._values), torch.cat(self._places)
+        values, places = self._found(h_BF)
+        values = torch.cat([self._values, values])
+        places = torch.cat([self._places, places + first])
         if len(values) >= self.keep:
             best, at = exact_topk(values[None], self.keep)
             values, places = best[0], places[at[0]]
             self._floor = values.nan_to_num(nan=torch.inf).min()[None]
-        self._values, self._places = [values], [places]
+        self._values, self._places = values, places
+
+    def _found(self, h_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """What may be among the largest, and its places in h."""
+        if len(self._values):
+            values, latents, counts = above(h_BF, self._floor)
+            return values, torch.arange(len(h_BF)).repeat_interleave(counts) * h_BF.shape[
+                1
+            ] + latents
+        # Half of the numbers may be above 0: no floor yet that would leave out most of them.
+        best, at = exact_topk(h_BF.reshape(1, -1), min(self.keep, h_BF.numel()))
+        some = ~(best[0] <= 0)  # NaN is some
+        return best[0][some], at[0][some]
 
     def slots(self, n_tokens: int, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
         """Values, indices and used, (B, K), K the most that any token has, at least 1."""
-        places, order = torch.cat(self._places).sort()
+        places, order = self._places.sort()
         counts = torch.bincount(places // n_latents, minlength=n_tokens)
-        return pad(torch.cat(self._values)[order], places % n_latents, counts)
+        return pad(self._values[order], places % n_latents, counts)
 
 
 def largest(values_BK: Tensor, keep: int) -> Tensor:
