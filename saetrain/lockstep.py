@@ -10,8 +10,8 @@ memory if they are few, and the PCA beside the SAEs is fitted once.
 
 On a CPU several jobs take their steps at once (`fused.workers`, `saetrain.workers`); those that
 draw random numbers (`SAE.draws_random`) or are compiled go one after the other, with all threads. A
-turn is a few batches, as far as nothing is due in between, so that the weights and moments of a job
-come into cache once for all of them. Logs, wandb and failures are this thread's business.
+turn is a few batches, as far as nothing is due in between, so that workers wait for each other less
+often. Logs, wandb and failures are this thread's business.
 
 Cost: weights and moments of all jobs in memory, gradients and activations of one a worker, and the
 batches of a turn.
@@ -175,8 +175,9 @@ class Lockstep:
                 now = [j for j in active if j.alive()[0].step == position]
                 asked = time.perf_counter()
                 turn = self._take(batches, 1 if len(stack) else _until_due(active, position))
+                waited = time.perf_counter() - asked
                 for job in now:
-                    job.alive()[0].waited(time.perf_counter() - asked)
+                    job.alive()[0].waited(waited)
                 # The first step may change weights before it encodes: not stacked.
                 self._step(now, turn, stack if position else None)
                 position += len(turn)
