@@ -38,9 +38,8 @@ from saetrain.saes import make_sae
 from saetrain.saes.base import SAE
 from saetrain.settings import TrainSettings
 from saetrain.stream import Batch
-from saetrain.stream.sequences import SequenceBatch
+from saetrain.stream.sequences import SequenceBatch, SequenceStream
 from saetrain.trainer import Trainer
-from saetrain.units import Unit
 from saetrain.workers import turn_length
 
 WARM_UP, MOST = 5, 25  # steps of `probe` that do not count, and that do at most
@@ -213,7 +212,7 @@ def probe(
     one of each kind at least.
     """
     trainer = Trainer(settings, source, device)
-    batch = _random_batch(settings, source, trainer.sae.unit, device)
+    batch = _random_batch(settings, source, device)
 
     def step() -> float:
         trainer.step = min(trainer.step, trainer.n_steps - 1)  # a short run has no step beyond
@@ -235,19 +234,17 @@ def probe(
     return statistics.median(took)
 
 
-def _random_batch(
-    settings: TrainSettings, source: Source, unit: Unit, device: torch.device
-) -> Batch:
+def _random_batch(settings: TrainSettings, source: Source, device: torch.device) -> Batch:
     """Rows, or whole contexts, in which every position counts."""
-    contexts = unit == "sequence" and source.snapshot is not None
     n, acts = settings.batch_tokens, dict[str, torch.Tensor]()
-    shape = (n // int(source.snapshot.context), -1) if contexts else (n,)  # type: ignore[union-attr]
+    length = source.train.length if isinstance(source.train, SequenceStream) else None
+    shape: tuple[int, ...] = (n,) if length is None else (n // length, length)
     for hook, space in source.spaces().items():
         noise = torch.randn(n, space.d) * (space.variance / space.d) ** 0.5
         rows = (space.mean + noise).to(device)
-        acts[hook] = rows.view(*shape, space.d) if contexts else rows
+        acts[hook] = rows.view(*shape, space.d)
     empty = np.zeros(shape[0], np.int32)
-    if not contexts:
+    if length is None:
         return Batch(acts, _no_table, empty, 0, 0)
     counts = torch.ones(n, dtype=torch.bool, device=device).view(shape)
     return SequenceBatch(acts, _no_table, empty, 0, 0, empty.astype(np.int64), counts, counts)
