@@ -207,7 +207,7 @@ class Lockstep:
         self._at_once(beside, lambda j: j.learn(turn))
         for job in now:
             if job not in beside:
-                self._attempt(job, lambda j=job: j.learn(turn))  # type: ignore[misc]
+                self._attempt(job, partial(job.learn, turn))
         for job in now:
             if job.trainer is not None:
                 self._attempt(job, job.tell)
